@@ -1,0 +1,393 @@
+"""Triton back end of the selective scan: chooses tiles and launches the kernels of `gpu_kernels` and `gpu_gradient`.
+
+Forward: the end state of every chunk of the sequence (all chunks at once), their combination to true start states,
+then the output. Backward: the adjoint of every chunk, combined from the last to the first, then all gradients with the
+states recomputed from the saved chunk starts. A sequence of one chunk needs only the last kernel of each pass.
+"""
+
+# num_warps is an argument of every launch that the kernels' signatures do not have:
+# pyright: reportCallIssue=false
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .gpu_gradient import scan_gradient_kernel
+from .gpu_kernels import scan_chunk_kernel, scan_combine_kernel, scan_output_kernel
+from .reference import COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED, ROWS_REVERSED
+
+MAX_RANK = 32
+"""Largest rank of delta that is multiplied out inside the kernels; beyond it the product is formed by torch."""
+WANT = {name: 1 << i for i, name in enumerate(("x", "delta", "B", "C", "A", "D", "weight", "bias", "z"))}
+"""Bits by which the gradient kernel is told what to compute."""
+
+
+class _Inputs(NamedTuple):
+    """The canonical tensors of one call."""
+
+    x: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    z: Tensor | None
+    initial: Tensor | None
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _chunking(x: Tensor, orders: tuple[int, ...]) -> tuple[int, int]:
+    """Chunk length (a multiple of 4) and number of chunks: enough work for a large GPU, few states to combine."""
+    batch, height, width, channels = x.shape
+    sequences, length = (batch * width, height) if orders[0] >= LINES else (batch, height * width)
+    warps = sequences * len(orders) * _cdiv(channels, 64)
+    if length <= 32 or (length <= 256 and warps >= 2048):
+        return _cdiv(length, 4) * 4, 1
+    chunk = 128
+    while chunk > 32 and warps * _cdiv(length, chunk) < 3072:
+        chunk //= 2
+    count = _cdiv(length, chunk)
+    chunk = _cdiv(_cdiv(length, count), 4) * 4
+    return chunk, _cdiv(length, chunk)
+
+
+def saved_shape(x: Tensor, orders: tuple[int, ...], groups: int, state: int) -> tuple[int, ...]:
+    """Shape of the states that `forward` keeps: (B, W or 1, K, chunks + 1, N, D), or (0,) for one chunk."""
+    batch, _, width, channels = x.shape
+    _, count = _chunking(x, orders)
+    if count == 1:
+        return (0,)
+    return (batch, width if orders[0] >= LINES else 1, len(orders), count + 1, state, channels)
+
+
+def _alignment(t: Tensor) -> int:
+    """Bytes up to 16 on which every row of the last axis starts."""
+    steps = [s * t.element_size() for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
+    return gcd(16, t.data_ptr(), *steps)
+
+
+def _state_strides(t: Tensor | None, lines: bool) -> tuple[int, ...]:
+    """Strides (batch, width, direction, chunk, state, channel) of (B, K, D, N) or, for lines, (B, W, 1, D, N)."""
+    if t is None:
+        return (0,) * 6
+    s = t.stride()
+    return (s[0], s[1] if lines else 0, s[-3], 0, s[-1], s[-2])
+
+
+def _slot_strides(t: Tensor) -> tuple[int, ...]:
+    """The same of chunk states (B, W, K, chunks + 1, N, D)."""
+    return t.stride()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes and tiles of one call; everything the three or four launches have in common."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    directions: int
+    groups: int
+    states: int
+    rank: int
+    orders: tuple[int, ...]
+    chunk: int
+    count: int
+    softplus: bool
+
+    @staticmethod
+    def of(x: Tensor, A: Tensor, Bm: Tensor, weight: Tensor | None, orders: tuple[int, ...], softplus: bool) -> "_Plan":
+        batch, height, width, channels = x.shape
+        rank = 0 if weight is None else weight.shape[2]
+        chunk, count = _chunking(x, orders)
+        return _Plan(
+            batch, height, width, channels, len(orders), Bm.shape[4], A.shape[2], rank, orders, chunk, count, softplus
+        )
+
+    @property
+    def is_lines(self) -> bool:
+        return self.orders[0] >= LINES
+
+    @property
+    def lines(self) -> int:
+        return self.width if self.is_lines else 1
+
+    @property
+    def length(self) -> int:
+        return self.height if self.is_lines else self.height * self.width
+
+    @property
+    def sequences(self) -> int:
+        return self.batch * self.lines
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def tile(self) -> dict[str, int]:
+        """Block sizes: 16 states, two channels a lane; more channels where a channel has few states."""
+        states = min(16, triton.next_power_of_2(self.states))
+        wide = 64 if states >= 8 else 128
+        return {
+            "BN": states,
+            "BD": max(32, min(wide, triton.next_power_of_2(self.group_channels))),
+            "RP": triton.next_power_of_2(self.rank) if self.rank else 0,
+            "SOFTPLUS": self.softplus,
+        }
+
+    @property
+    def state_blocks(self) -> int:
+        return _cdiv(self.states, self.tile["BN"])
+
+    @property
+    def channel_blocks(self) -> int:
+        """Channel blocks of one group."""
+        return _cdiv(self.group_channels, self.tile["BD"])
+
+    @property
+    def order_bits(self) -> int:
+        """Two bits a direction: column, reversed."""
+        columns = (COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED)
+        backwards = (ROWS_REVERSED, COLUMNS_REVERSED, LINES_REVERSED)
+        return sum(((o in columns) + 2 * (o in backwards)) << (2 * k) for k, o in enumerate(self.orders))
+
+    @property
+    def axes(self) -> list[list[int]]:
+        """Directions by the axis they run along; those of one axis share chunks of pixels."""
+        columns = [k for k, o in enumerate(self.orders) if o in (COLUMNS, COLUMNS_REVERSED)]
+        rows = [k for k in range(self.directions) if k not in columns]
+        return [axis for axis in (rows, columns) if axis]
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {
+            "height": self.height, "width": self.width, "lines": self.lines, "length": self.length,
+            "orders": self.order_bits, "channels": self.channels, "group_channels": self.group_channels,
+            "n_states": self.states, "rank": self.rank, "chunk": self.chunk, "n_chunks": self.count, "one": 1,
+        }  # fmt: skip
+
+
+def _pack(directions: list[int]) -> int:
+    return sum(k << (4 * i) for i, k in enumerate(directions))
+
+
+def _on(t: Tensor):
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _full_delta(delta: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("bhwkr,kdr->bhwkd", delta.float(), weight.float())
+
+
+def _chunk_states(
+    plan: _Plan, value: Tensor, gate: Tensor | None, row: Tensor, delta: Tensor, weight: Tensor | None, A: Tensor,
+    bias: Tensor | None, border: Tensor | None, last: Tensor | None, *, adjoint: bool,
+) -> Tensor:  # fmt: skip
+    """True states at all chunk borders (B, W, K, chunks + 1, N, D); writes the one at the end into ``last``."""
+    shape = (plan.batch, plan.lines, plan.directions, plan.count + 1, plan.states, plan.channels)
+    states = A.new_empty(shape)
+    decay_sum = A.new_empty(*shape[:3], plan.count, plan.channels)
+    blocks = plan.state_blocks * plan.groups * plan.channel_blocks
+    scan_chunk_kernel[(plan.sequences * plan.directions * plan.count * blocks,)](
+        value, gate, row, delta, weight, A, bias, states, decay_sum,
+        value.stride()[:4], (0, 0, 0) if gate is None else gate.stride()[:3], row.stride()[:5], delta.stride()[:4],
+        states.stride(), **plan.geometry, K=plan.directions, **plan.tile, ADJOINT=adjoint, ALIGN=_alignment(row),
+        num_warps=1,
+    )  # fmt: skip
+    size = plan.states * plan.channels
+    block, rows = (128, 8) if states.is_cuda else (64, 2)
+    scan_combine_kernel[(plan.sequences * plan.directions * _cdiv(size, block),)](
+        states, decay_sum, A, border, last, _state_strides(border, plan.is_lines), _state_strides(last, plan.is_lines),
+        plan.lines, plan.directions, plan.channels, plan.states, plan.count, 1,
+        BC=rows, BE=block, ADJOINT=adjoint, num_warps=1,
+    )  # fmt: skip
+    return states
+
+
+def forward(
+    x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
+    delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None,
+    *, orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, final states and the chunk states kept for `backward` (canonical form: see op.py)."""
+    if delta_weight is not None and delta_weight.shape[2] > MAX_RANK:
+        delta, delta_weight = _full_delta(delta, delta_weight), None
+    delta_weight = None if delta_weight is None else delta_weight.contiguous()
+    plan = _Plan.of(x, A, Bm, delta_weight, orders, softplus)
+    y = x.new_empty(x.shape if merge else (*x.shape[:3], plan.directions, plan.channels))
+    lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
+    final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
+    if x.numel() == 0:
+        return y, final.zero_(), A.new_zeros(saved_shape(x, orders, plan.groups, plan.states))
+    with _on(x):
+        states = None
+        if plan.count > 1:
+            states = _chunk_states(
+                plan, x.unsqueeze(3).expand(-1, -1, -1, plan.directions, -1), None, Bm, delta, delta_weight, A,
+                delta_bias, initial_state, final, adjoint=False,
+            )  # fmt: skip
+        y = _output(plan, x, z, Bm, C, delta, delta_weight, A, D, delta_bias, initial_state, states, final, y, merge)
+    saved = states if need_backward and states is not None else A.new_empty(0)
+    return y, final, saved
+
+
+def _output(
+    plan: _Plan, x: Tensor, z: Tensor | None, Bm: Tensor, C: Tensor, delta: Tensor, weight: Tensor | None, A: Tensor,
+    D: Tensor | None, bias: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor, y: Tensor,
+    merge: bool,
+) -> Tensor:  # fmt: skip
+    """Launches the output kernel once for each axis (merged) or once for all directions."""
+    sweeps = plan.state_blocks * (plan.directions if merge else 1)
+    total = torch.empty_like(y, dtype=torch.float32) if sweeps > 1 else y
+    start, s_start = (initial, _state_strides(initial, plan.is_lines)) if states is None else (states, states.stride())
+    axes = plan.axes if merge else [list(range(plan.directions))]
+    s_y = (*y.stride()[:3], 0 if merge else y.stride(3))
+    blocks = plan.groups * plan.channel_blocks
+    for number, axis in enumerate(axes):
+        each, fan = (len(axis), 1) if merge else (1, len(axis))
+        scan_output_kernel[(plan.sequences * fan * plan.count * blocks,)](
+            x, z, Bm, C, delta, weight, A, D, bias, start, final if states is None else None, total,
+            x.stride()[:3], (0, 0, 0) if z is None else z.stride()[:3], Bm.stride()[:5], C.stride()[:5],
+            delta.stride()[:4], s_start, _state_strides(final, plan.is_lines), s_y,
+            **plan.geometry, dirs=_pack(axis), n_dirs=each, fan=fan, is_first=int(number == 0),
+            is_last=int(number == len(axes) - 1), **plan.tile, ACCUMULATE=sweeps > 1,
+            ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C), num_warps=1,
+        )  # fmt: skip
+    return total.to(y.dtype)
+
+
+def backward(
+    grad_y: Tensor, grad_final: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor,
+    D: Tensor | None, delta_weight: Tensor | None, delta_bias: Tensor | None, z: Tensor | None,
+    initial_state: Tensor | None, saved: Tensor,
+    *, orders: tuple[int, ...], softplus: bool, merge: bool, needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients that ``needs`` asks for, in the order of the inputs; the same bits at every call."""
+    inputs = _Inputs(x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state)
+    if x.numel() == 0:
+        return [torch.zeros_like(t) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)]
+    if grad_y.stride(-1) != 1:
+        grad_y = grad_y.contiguous()
+    if delta_weight is not None and delta_weight.shape[2] <= MAX_RANK:
+        inputs = inputs._replace(weight=delta_weight.contiguous())
+    if delta_weight is None or delta_weight.shape[2] <= MAX_RANK:
+        return _gradients(grad_y, grad_final, inputs, saved, orders, softplus, merge, needs)
+    full = inputs._replace(delta=_full_delta(delta, delta_weight), weight=None)
+    inner = (needs[0], needs[1] or needs[6], *needs[2:6], False, *needs[7:])
+    found = _gradients(grad_y, grad_final, full, saved, orders, softplus, merge, inner)
+    if (g := found[1]) is not None:
+        low = torch.einsum("bhwkd,kdr->bhwkr", g, delta_weight.float()).to(delta.dtype)
+        weight = torch.einsum("bhwkd,bhwkr->kdr", g, delta.float()).to(delta_weight.dtype)
+        found[1], found[6] = low if needs[1] else None, weight if needs[6] else None
+    return found
+
+
+def _gradients(
+    grad_y: Tensor, grad_final: Tensor | None, inputs: _Inputs, saved: Tensor,
+    orders: tuple[int, ...], softplus: bool, merge: bool, needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    x, delta, A, Bm, C, _, weight, bias, z, _ = inputs
+    plan = _Plan.of(x, A, Bm, weight, orders, softplus)
+    dy = grad_y.unsqueeze(3).expand(-1, -1, -1, plan.directions, -1) if merge else grad_y
+    lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
+    g_start = A.new_empty(*lead, plan.directions, plan.channels, plan.states) if needs[9] else None
+    with _on(x):
+        behind = None
+        if plan.count > 1:
+            behind = _chunk_states(plan, dy, z, C, delta, weight, A, bias, grad_final, g_start, adjoint=True)
+        return _Gradient(plan, needs).run(dy, grad_final, inputs, saved, behind, g_start)
+
+
+class _Gradient:
+    """Buffers and launches of the gradient kernel.
+
+    Channel blocks are dealt to ``shares``; a share sums over its channels in place, the shares' partial sums are added
+    here. ``reps`` programs work on each share, each with its own partial sums over pixels.
+    """
+
+    def __init__(self, plan: _Plan, needs: tuple[bool, ...]) -> None:
+        self.plan, self.needs = plan, needs
+        names = ("x", "delta", "A", "B", "C", "D", "weight", "bias", "z")
+        self.want = sum(WANT[name] for name, need in zip(names, needs, strict=False) if need)
+        self.tasks = plan.sequences * plan.count
+        processors = 3
+        if torch.cuda.is_available():
+            processors = 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        shares = 1
+        while shares < plan.channel_blocks and 2 * self.tasks * plan.groups * shares < 3 * processors:
+            shares += 1
+        self.per_share = _cdiv(plan.channel_blocks, shares)
+        self.shares = _cdiv(plan.channel_blocks, self.per_share)
+        self.reps = max(1, min(self.tasks, processors // (self.shares * plan.groups)))
+
+    def _partial(self, name: str, like: Tensor, parts: int, again: bool) -> Tensor:
+        """Buffer (parts, *like.shape): float32 if it is added to later, else the final dtype; a dummy if unwanted."""
+        if not self.want & WANT[name]:
+            return like.unsqueeze(0)
+        dtype = torch.float32 if again or parts > 1 else like.dtype
+        return like.new_empty((parts, *like.shape), dtype=dtype)
+
+    def _sums(self, name: str, like: Tensor | None) -> Tensor | None:
+        """Buffer (reps, *like.shape) for sums over pixels."""
+        if like is None or not self.want & WANT[name]:
+            return None
+        return like.new_empty((self.reps, *like.shape), dtype=torch.float32)
+
+    def run(
+        self, dy: Tensor, grad_final: Tensor | None, inputs: _Inputs, saved: Tensor,
+        behind: Tensor | None, g_start: Tensor | None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Launches one kernel for each axis and adds up the partial sums."""
+        x, delta, A, Bm, C, D, weight, bias, z, initial = inputs
+        plan = self.plan
+        several = plan.state_blocks > 1
+        acc = {"x": plan.directions > 1 or several, "delta": several or (plan.rank > 0 and self.per_share > 1)}
+        acc["B"] = acc["C"] = self.per_share > 1
+        gx = self._partial("x", x, 1, acc["x"])
+        gz = None if z is None else self._partial("z", z, 1, acc["x"])
+        g_delta = self._partial("delta", delta, self.shares * plan.groups if plan.rank else 1, acc["delta"])
+        gb = self._partial("B", Bm, self.shares, acc["B"])
+        gc = self._partial("C", C, self.shares, acc["C"])
+        pixel_sums = [self._sums(n, t) for n, t in (("A", A), ("D", D), ("weight", weight), ("bias", bias))]
+        programs = self.reps * self.shares * plan.groups
+        scratch = A.new_empty(programs * (plan.chunk // 4) * plan.tile["BN"] * plan.tile["BD"])
+        if behind is None:
+            start, s_start, after, s_after = initial, _state_strides(initial, plan.is_lines), grad_final, (0,) * 6
+            if grad_final is not None:
+                s_after = _state_strides(grad_final, plan.is_lines)
+        else:
+            start, s_start, after, s_after = saved, saved.stride(), behind[:, :, :, 1:], behind.stride()
+        for number, axis in enumerate(plan.axes):
+            scan_gradient_kernel[(programs,)](
+                x, z, dy, Bm, C, delta, weight, A, D, bias, start, after,
+                gx, gz, g_delta, gb, gc, *pixel_sums, g_start if behind is None else None, scratch,
+                x.stride()[:3], (0, 0, 0) if z is None else z.stride()[:3], dy.stride()[:4], Bm.stride()[:5],
+                C.stride()[:5], delta.stride()[:4], s_start, s_after, gx.stride()[1:4],
+                (*g_delta.stride()[1:5], g_delta.stride(0)), (*gb.stride()[1:6], gb.stride(0)),
+                (*gc.stride()[1:6], gc.stride(0)), _state_strides(g_start, plan.is_lines),
+                **plan.geometry, K=plan.directions, dirs=_pack(axis), n_dirs=len(axis), is_first=int(number == 0),
+                n_tasks=self.tasks, n_shares=self.shares, per_share=self.per_share, **plan.tile, WANT=self.want,
+                ACC=sum(WANT[name] for name, flag in acc.items() if flag),
+                ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C), num_warps=1,
+            )  # fmt: skip
+        parts = [gx, g_delta, pixel_sums[0], gb, gc, pixel_sums[1], pixel_sums[2], pixel_sums[3], gz]
+        return [
+            _total(part, like) if need and part is not None and like is not None else None
+            for part, like, need in zip(parts, inputs, self.needs, strict=False)
+        ] + [g_start]
+
+
+def _total(parts: Tensor, like: Tensor) -> Tensor:
+    """Sum of the partial results in the dtype of the input."""
+    return (parts[0] if parts.shape[0] == 1 else parts.sum(0)).to(like.dtype)
