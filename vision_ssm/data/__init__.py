@@ -1,0 +1,1 @@
+"""Reading pictures; what the three tasks share about data."""

@@ -1,0 +1,107 @@
+"""The bidirectional Mamba mixer over a sequence of tokens (Vision Mamba, section 3.3 and algorithm 1)."""
+
+import math
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import selective_scan
+from kernels.selective_scan.op import Backend
+from vision_ssm.scan_parameters import ScanParameters
+
+# Shapes: B batch, L tokens, C model width, D = expand * C inner channels, N state size, R rank of the step size.
+
+
+class DirectionalScan(nn.Module):
+    """One reading direction of the mixer: short convolution, projections, gated selective scan.
+
+    Nothing is reversed in memory: the backward direction convolves with the mirrored kernel and scans from the end.
+
+    Args:
+        channels: D.
+        state_size: N.
+        rank: R.
+        conv_size: Taps of the causal depthwise convolution.
+        reverse: Read the sequence from its end.
+        backend: Back end of the scan, see ``kernels.selective_scan``.
+    """
+
+    def __init__(
+        self, channels: int, *, state_size: int, rank: int, conv_size: int, reverse: bool, backend: Backend
+    ) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.backend: Backend = backend
+        self.split = (rank, state_size, state_size)
+        self.conv = nn.Conv1d(channels, channels, conv_size, groups=channels)
+        self.x_proj = nn.Linear(channels, sum(self.split), bias=False)
+        self.scan = ScanParameters(1, channels, state_size=state_size, rank=rank)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """(B, L, D) input and gate -> (B, L, D)."""
+        taps = self.conv.kernel_size[0] - 1
+        padding, kernel = ((0, taps), self.conv.weight.flip(-1)) if self.reverse else ((taps, 0), self.conv.weight)
+        u = F.conv1d(F.pad(x.transpose(1, 2), padding), kernel, self.conv.bias, groups=self.conv.groups)
+        u = F.silu(u).transpose(1, 2).contiguous()
+        delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (B, L, R | N | N)
+        y = selective_scan(
+            u,
+            delta,
+            self.scan.A[0],
+            B,
+            C,
+            self.scan.D[0],
+            delta_weight=self.scan.dt_weight[0],
+            delta_bias=self.scan.dt_bias[0],
+            softplus=True,
+            z=z.to(u.dtype),
+            reverse=self.reverse,
+            backend=self.backend,
+        )
+        return cast(Tensor, y)
+
+
+class BidirectionalMamba(nn.Module):
+    """Mixer that scans the tokens forwards and backwards; every token sees all others.
+
+    Both directions share the input projection, the gate and the output projection; convolution, projections and scan
+    constants exist once per direction. The two outputs are averaged: their plain sum doubles the activations.
+
+    Shape: (B, L, C) -> (B, L, C)
+
+    Args:
+        dim: C.
+        state_size: N, states per channel.
+        expand: D / C.
+        conv_size: Taps of the causal depthwise convolutions.
+        dt_rank: R; ceil(C / 16) if not given.
+        backend: Back end of the scan, see ``kernels.selective_scan``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_size: int = 16,
+        expand: float = 2.0,
+        conv_size: int = 4,
+        dt_rank: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        inner = int(expand * dim)
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.forwards, self.backwards = (
+            DirectionalScan(
+                inner, state_size=state_size, rank=rank, conv_size=conv_size, reverse=reverse, backend=backend
+            )
+            for reverse in (False, True)
+        )
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        value, gate = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(0.5 * (self.forwards(value, gate) + self.backwards(value, gate)))
