@@ -1,0 +1,263 @@
+"""Finding objects in pictures and videos with trained weights."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detection.head import decode
+from detection.letterbox import letterbox
+from detection.model import MambaYOLO
+from detection.postprocess import postprocess, to_native
+from detection.prediction import Prediction
+from detection.sources import Frame, OnError, Source, read_source
+from detection.tiles import merge_tiles, tile_boxes
+from vision_ssm.checkpoint import load_checkpoint, load_matching
+from vision_ssm.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Options:
+    conf: float
+    iou: float
+    image_size: int
+    batch_size: int
+    max_det: int
+    tile: int | None
+    overlap: float
+
+    def __post_init__(self) -> None:
+        for name in ("conf", "iou"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("batch_size", "max_det"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size < 32:
+            raise UserError(f"image_size must be at least 32 pixels, got {self.image_size}")
+        if self.tile is not None and self.tile < 32:
+            raise UserError(f"tile must be at least 32 pixels, got {self.tile}")
+        if not 0 <= self.overlap <= 0.9:
+            raise UserError(f"overlap must lie between 0 and 0.9, got {self.overlap}")
+
+
+@dataclass(frozen=True)
+class _View:
+    """A part of a picture that goes through the network in one piece; `box` is x1, y1, x2, y2 in the picture."""
+
+    frame: Frame
+    box: tuple[int, int, int, int]
+
+    def pixels(self) -> np.ndarray:
+        x1, y1, x2, y2 = self.box
+        return self.frame.image[y1:y2, x1:x2]
+
+
+class Detector:
+    """A trained detector with its class names.
+
+    Args:
+        model: returns raw maps, as MambaYOLO does; moved to `device` and set to eval mode.
+        names: class names in label order.
+        image_size: long side of the pictures that the network sees, unless another is asked for.
+        category_ids: number of each class in COCO results; by default 1, 2, ...
+        device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
+
+    Raises:
+        UserError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        image_size: int = 640,
+        category_ids: Sequence[int] | None = None,
+        device: str | torch.device = "auto",
+    ) -> None:
+        self.device = choose_device(device)
+        self.model = model.to(self.device).eval()
+        self.names = tuple(names)
+        self.image_size = image_size
+        self.category_ids = tuple(category_ids) if category_ids else tuple(range(1, len(self.names) + 1))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "auto") -> "Detector":
+        """Load a checkpoint folder (`config.json` and `model.safetensors`).
+
+        Raises:
+            UserError: no such folder, weights of another task, or weights that do not fit their config.
+        """
+        state, config = load_checkpoint(path)
+        if config.get("task") != "detect":
+            raise UserError(
+                f"{path} holds no detector (its task is {config.get('task')!r}); give a folder with detection weights; "
+                "those of other projects become one by `vssm detect convert`"
+            )
+        try:
+            model, names = MambaYOLO(**config["model"]), config["names"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"config.json in {path} does not describe a detector: {error}") from error
+        if len(names) != model.num_classes:
+            raise UserError(f"{path}: config.json names {len(names)} classes, the model has {model.num_classes}")
+        load_matching(model, state).require_complete(path)
+        size, ids = config.get("image_size", 640), config.get("category_ids")
+        return cls(model, names, image_size=size, category_ids=ids, device=device)
+
+    def predict(
+        self,
+        source: Source,
+        *,
+        conf: float = 0.25,
+        iou: float = 0.7,
+        image_size: int | None = None,
+        batch_size: int = 8,
+        max_det: int = 300,
+        tile: int | None = None,
+        overlap: float = 0.25,
+    ) -> list[Prediction]:
+        """Find objects; one result for each picture or video frame, in order.
+
+        The pixels of files are not kept: `Prediction.image` reads them again. For long videos use `stream`.
+
+        Args:
+            source: a picture, folder (to any depth), glob pattern or video; an (H, W, 3) uint8 RGB array; a Pillow
+                picture; a (3, H, W) or (B, 3, H, W) tensor, uint8 or float in [0, 1]; a list of these.
+            conf: least score.
+            iou: of boxes of one class that overlap more than this, only the best is kept.
+            image_size: long side of the picture (or tile) that the network sees; by default that of the training.
+            batch_size: pictures (or tiles) that go through the network together, where they have the same shape.
+            max_det: most detections in a picture (or tile).
+            tile: side in pixels of square tiles, for pictures with objects that would get too small; None for whole
+                pictures. See `detection.tiles`.
+            overlap: share of a tile's side that neighbours have in common; make it at least an object wide.
+
+        Raises:
+            UserError: a source that cannot be read, an option out of range, or too little GPU memory.
+        """
+        found = self.stream(
+            source,
+            conf=conf,
+            iou=iou,
+            image_size=image_size,
+            batch_size=batch_size,
+            max_det=max_det,
+            tile=tile,
+            overlap=overlap,
+        )
+        return [one if one.path is None else dataclasses.replace(one, pixels=None) for one in found]
+
+    def stream(
+        self,
+        source: Source,
+        *,
+        conf: float = 0.25,
+        iou: float = 0.7,
+        image_size: int | None = None,
+        batch_size: int = 8,
+        max_det: int = 300,
+        tile: int | None = None,
+        overlap: float = 0.25,
+        on_error: OnError | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, one result at a time and in bounded memory; each holds the pixels of its picture.
+
+        Args:
+            on_error: called for each file that cannot be read, which is then left out; without it the error is raised.
+        """
+        options = _Options(conf, iou, image_size or self.image_size, batch_size, max_det, tile, overlap)
+        # A picture in tiles fills batches by itself.
+        return self._stream(read_source(source, on_error), options, 1 if tile else batch_size)
+
+    def _stream(self, frames: Iterable[Frame], options: _Options, together: int) -> Iterator[Prediction]:
+        for chunk in _chunks(frames, together):
+            views = [[_View(frame, box) for box in _parts(frame, options)] for frame in chunk]
+            found = iter(self._detect([view for of_frame in views for view in of_frame], options))
+            for frame, of_frame in zip(chunk, views, strict=True):
+                yield self._prediction(frame, of_frame, list(islice(found, len(of_frame))), options)
+
+    def _prediction(
+        self, frame: Frame, views: list[_View], found: list[dict[str, Tensor]], options: _Options
+    ) -> Prediction:
+        height, width = frame.image.shape[:2]
+        whole = found[0]
+        if len(found) > 1:
+            whole = merge_tiles(found, [view.box for view in views], (height, width), options.iou)
+        boxes, scores, labels = (whole[key].numpy() for key in ("boxes", "scores", "labels"))
+        return Prediction(boxes, scores, labels, self.names, width, height, frame.path, frame.index, frame.image)
+
+    def _detect(self, views: list[_View], options: _Options) -> list[dict[str, Tensor]]:
+        """Detections of each view in the pixels of its picture, on the CPU."""
+        found: list[dict[str, Tensor]] = []
+        for batch in _chunks(views, options.batch_size):
+            boxed = [letterbox(view.pixels(), options.image_size) for view in batch]
+            of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for k, (picture, _) in enumerate(boxed):
+                of_shape[picture.shape].append(k)
+            done: dict[int, dict[str, Tensor]] = {}
+            for members in of_shape.values():
+                detections = self._forward(np.stack([boxed[k][0] for k in members]), options)
+                done |= {k: _to_picture(one, boxed[k][1], batch[k]) for k, one in zip(members, detections, strict=True)}
+            found += [done[k] for k in range(len(batch))]
+        return found
+
+    @torch.inference_mode()
+    def _forward(self, pictures: np.ndarray, options: _Options) -> list[dict[str, Tensor]]:
+        """Detections in letterboxed pixels of (B, H, W, 3) uint8 pictures."""
+        images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
+        try:
+            decoded = decode(self.model(images))
+            return postprocess(decoded, conf=options.conf, iou=options.iou, max_det=options.max_det)
+        except torch.OutOfMemoryError as error:
+            count, height, width = pictures.shape[:3]
+            raise UserError(
+                f"out of GPU memory with {count} pictures of {width}x{height}: take a smaller batch_size or image_size"
+            ) from error
+
+
+def _to_picture(found: dict[str, Tensor], geometry: tuple[float, float, float], view: _View) -> dict[str, Tensor]:
+    """Detections of a letterboxed view in the pixels of its picture, on the CPU."""
+    x1, y1, x2, y2 = view.box
+    boxes = to_native(found["boxes"].cpu(), torch.tensor(geometry), (y2 - y1, x2 - x1))
+    shifted = boxes + boxes.new_tensor([x1, y1, x1, y1])
+    return {"boxes": shifted, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to run on: for "auto" CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {str(device)!r} cannot be used: {reason}; take auto, cpu or cuda") from error
+
+
+def _parts(frame: Frame, options: _Options) -> list[tuple[int, int, int, int]]:
+    height, width = frame.image.shape[:2]
+    if options.tile is None:
+        return [(0, 0, width, height)]
+    return tile_boxes(height, width, options.tile, options.overlap)
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
