@@ -1,0 +1,48 @@
+"""Configuration of a detector: what `configs/detection/*.yaml` may say. Imports no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from detection.data_config import DataConfig
+from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network; `detection.model.MambaYOLO` explains the options."""
+
+    size: Literal["t", "b", "l"] = "t"
+    lsblock: bool = True
+    """The local block before every scan (released code and first paper version: yes)."""
+    stage_repeats: tuple[int, int, int, int] = (3, 3, 9, 3)
+    """Blocks per backbone stage before depth scaling (released code 3,3,9,3; second paper version 3,6,6,3)."""
+    init: Literal["official", "vmamba"] = "official"
+    """Initial values of the scans: as the released code, or as Mamba and VMamba."""
+
+
+def _recipe() -> TrainConfig:
+    """The released recipe for one GPU (Mamba-YOLO code: SGD, nominal batch 64, clip 10, EMA)."""
+    return TrainConfig(
+        run_dir="runs/detect",
+        epochs=300,
+        batch_size=16,
+        nominal_batch=64,
+        precision="bf16",
+        optim=OptimConfig(name="sgd", lr=0.01, momentum=0.937, weight_decay=5e-4),
+        schedule=ScheduleConfig(kind="linear", final_ratio=0.01, warmup_bias_lr=0.1),
+        ema=EmaConfig(),
+    )
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """A detection run: network, data, training."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=_recipe)
+    weights: Path | None = None
+    """Start from these weights (a checkpoint folder, .safetensors or foreign .pt): taken by name and shape."""
+    freeze: Literal["none", "backbone", "all_but_head"] = "none"
+    """Part of the network that keeps the values it starts with, for fine-tuning on few pictures."""

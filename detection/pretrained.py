@@ -1,0 +1,67 @@
+"""Weights of a detector from wherever they come: shipped by name, our folders, .safetensors, published .pt files."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from detection.convert import config_from_state_dict, from_official
+from detection.model import MambaYOLO
+from vision_ssm.checkpoint import load_checkpoint
+from vision_ssm.config import near_match
+from vision_ssm.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """`path` itself where it exists, else the weights of that name that come with the package.
+
+    Raises:
+        UserError: neither; the message lists the shipped names.
+    """
+    if Path(path).exists():
+        return Path(path)
+    shipped = sorted(folder.name for folder in SHIPPED.glob("*") if folder.is_dir())
+    if str(path) in shipped:
+        return SHIPPED / str(path)
+    raise UserError(
+        f"no weights {str(path)!r}: give a checkpoint folder (as `vssm detect train` writes), a .safetensors or a .pt "
+        f"file, or a shipped name ({', '.join(shipped) or 'none'}){near_match(str(path), shipped)}"
+    )
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict in our names, and the configuration that lies with it.
+
+    Published parameter names are recognised and converted. Where no configuration lies with the weights, `model` is
+    read off the tensors and the classes are called by their numbers.
+
+    Raises:
+        UserError: no such file, not a Mamba-YOLO, damaged.
+    """
+    weights, config = load_checkpoint(resolve_weights(path))
+    if any(name.endswith("model.0.conv.0.weight") for name in weights):
+        weights = from_official(weights)
+    if config.get("task", "detect") != "detect":
+        raise UserError(f"{path} holds weights for the task {config['task']!r}, not for detection")
+    if "model" not in config:
+        config = config | {"model": config_from_state_dict(weights)}
+    config.setdefault("names", [str(i) for i in range(config["model"]["num_classes"])])
+    config.setdefault("image_size", 640)
+    return weights, {"task": "detect", **config}
+
+
+def load_model(path: str | Path) -> tuple[MambaYOLO, dict[str, Any]]:
+    """The network with its weights, on the CPU in eval mode, and its configuration (`names`, `image_size`, ...).
+
+    Raises:
+        UserError: as `load_weights`; or the weights do not fit the configuration beside them.
+    """
+    weights, config = load_weights(path)
+    model = MambaYOLO(**config["model"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit their config.json: {error}") from None
+    return model.eval(), config

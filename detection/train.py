@@ -1,0 +1,135 @@
+"""Training a detector: what detection adds to the shared loop."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from detection.config import DetectConfig
+from detection.data import TrainDataset, collate, save_batch_picture, val_loader
+from detection.evaluate import evaluate
+from detection.formats import DetectionSet, load_detection_set
+from detection.loss import DetectionLoss
+from detection.model import MambaYOLO
+from detection.pretrained import load_weights
+from vision_ssm.checkpoint import load_matching
+from vision_ssm.config import from_dict, to_dict
+from vision_ssm.errors import UserError
+from vision_ssm.training import RunInfo, Task, TrainResult, last_run_dir, read_run_config, train
+
+FROZEN = {"none": (), "backbone": ("backbone",), "all_but_head": ("backbone", "neck")}
+"""Parts of the network that `freeze` keeps as they are."""
+
+
+class DetectionTask(Task):
+    """Mamba-YOLO on one data set; the best checkpoint is the one of highest fitness, 0.1 AP50 + 0.9 AP on `val`."""
+
+    primary = "fitness"
+    loss_reduction = "sum"
+
+    def __init__(self, config: DetectConfig) -> None:
+        if not config.data.path:
+            raise UserError("no data set: give its folder as --data.path (COCO, Pascal VOC or YOLO form)")
+        self.settings = config
+        self.train_set = load_detection_set(config.data.path, config.data.train)
+        self.val_set = load_detection_set(config.data.path, config.data.val, names=self.train_set.names)
+        for dataset in (self.train_set, self.val_set):
+            dataset.refuse_errors()
+            report_findings(dataset)
+        self.criterion = DetectionLoss(len(self.train_set.names))
+
+    def config(self) -> dict[str, Any]:
+        """The run's settings, and what a detector needs to know to predict."""
+        settings = to_dict(self.settings)
+        settings.pop("train")  # the loop adds it
+        settings["model"]["num_classes"] = len(self.train_set.names)
+        return settings | {
+            "task": "detect",
+            "names": list(self.train_set.names),
+            "category_ids": list(self.train_set.category_ids),
+            "image_size": self.settings.data.image_size,
+        }
+
+    def build(self) -> nn.Module:
+        """The network, with the weights it starts from and its frozen part."""
+        model = MambaYOLO(**self.config()["model"])
+        if self.settings.weights is not None:
+            weights, _ = load_weights(self.settings.weights)
+            print(f"starting from {self.settings.weights}\n{load_matching(model, weights)}")
+        for part in FROZEN[self.settings.freeze]:
+            model.get_submodule(part).requires_grad_(False)
+        return model.to(memory_format=torch.channels_last)
+
+    def train_data(self) -> Dataset:
+        """Augmented training samples."""
+        data = self.settings.data
+        return TrainDataset(
+            self.train_set,
+            image_size=data.image_size,
+            config=data.augment,
+            epochs=self.settings.train.epochs or 1_000_000_000,
+            cache=data.cache,
+        )
+
+    def collate(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Batch as `detection.data.collate` gives it."""
+        return collate(samples)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Box, class and distribution losses of one batch."""
+        return self.criterion(model(batch["images"].float() / 255), batch)
+
+    def evaluate(self, model: nn.Module, run: RunInfo) -> dict[str, float]:
+        """COCO and VOC numbers on the validation split."""
+        train = self.settings.train
+        loader = val_loader(
+            self.val_set,
+            image_size=self.settings.data.image_size,
+            batch_size=train.batch_size,
+            workers=train.workers,
+        )
+        amp = train.precision == "bf16"
+        metrics = evaluate(model, loader, self.val_set, device=run.device, amp=amp)
+        return {"fitness": 0.1 * metrics.ap50 + 0.9 * metrics.ap} | {
+            name: getattr(metrics, name)
+            for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
+        }
+
+    def first_batch(self, batch: dict[str, Tensor], run_dir: Path) -> None:
+        """Save the first batch with its boxes."""
+        save_batch_picture(batch, run_dir / "first_batch.jpg", self.train_set.names)
+
+
+def report_findings(dataset: DetectionSet, most: int = 5) -> None:
+    """Print the warnings met while reading a data set, the first few in full."""
+    warnings = [f for f in dataset.findings if f.severity == "warning"]
+    for finding in warnings[:most]:
+        print(f"{dataset.split}: {finding.file} {finding.where}: {finding.rule}")
+    if len(warnings) > most:
+        print(f"{dataset.split}: {len(warnings) - most} more warnings; `vssm detect check {dataset.root}` lists them")
+
+
+def train_detector(config: DetectConfig, *, resume: Path | None = None) -> TrainResult:
+    """Train as the configuration says; `resume` is the folder of a run to go on with.
+
+    Raises:
+        UserError: bad data, weights or settings.
+    """
+    return train(DetectionTask(config), config.train, resume=resume)
+
+
+def resumed_config(run: Path, *, data_path: str = "") -> tuple[DetectConfig, Path]:
+    """Settings of a run that is to go on, and its folder: `run` itself, or the newest of run, run2, ...
+
+    Raises:
+        UserError: nothing to resume there.
+    """
+    folder = last_run_dir(run)
+    saved = read_run_config(folder)
+    saved["model"].pop("num_classes")  # follows from the data
+    known = {f.name for f in fields(DetectConfig)}
+    config = from_dict(DetectConfig, {k: v for k, v in saved.items() if k in known}, str(folder / "last"))
+    return (replace(config, data=replace(config.data, path=data_path)) if data_path else config), folder
