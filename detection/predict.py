@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from detection.head import decode
 from detection.letterbox import letterbox
-from detection.model import MambaYOLO
 from detection.postprocess import postprocess, to_native
 from detection.prediction import Prediction
+from detection.pretrained import load_model
 from detection.sources import Frame, OnError, Source, read_source
 from detection.tiles import merge_tiles, tile_boxes
-from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.errors import UserError
 
 T = TypeVar("T")
@@ -93,26 +92,14 @@ class Detector:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "auto") -> "Detector":
-        """Load a checkpoint folder (`config.json` and `model.safetensors`).
+        """Load a checkpoint folder, a published .pt file or weights shipped with the package, by name.
 
         Raises:
-            UserError: no such folder, weights of another task, or weights that do not fit their config.
+            UserError: no such weights, of another task, or not fitting their config.
         """
-        state, config = load_checkpoint(path)
-        if config.get("task") != "detect":
-            raise UserError(
-                f"{path} holds no detector (its task is {config.get('task')!r}); give a folder with detection weights; "
-                "those of other projects become one by `vssm detect convert`"
-            )
-        try:
-            model, names = MambaYOLO(**config["model"]), config["names"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"config.json in {path} does not describe a detector: {error}") from error
-        if len(names) != model.num_classes:
-            raise UserError(f"{path}: config.json names {len(names)} classes, the model has {model.num_classes}")
-        load_matching(model, state).require_complete(path)
-        size, ids = config.get("image_size", 640), config.get("category_ids")
-        return cls(model, names, image_size=size, category_ids=ids, device=device)
+        model, config = load_model(path)
+        size, ids = config["image_size"], config.get("category_ids")
+        return cls(model, config["names"], image_size=size, category_ids=ids, device=device)
 
     def predict(
         self,

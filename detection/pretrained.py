@@ -59,9 +59,13 @@ def load_model(path: str | Path) -> tuple[MambaYOLO, dict[str, Any]]:
         UserError: as `load_weights`; or the weights do not fit the configuration beside them.
     """
     weights, config = load_weights(path)
-    model = MambaYOLO(**config["model"])
     try:
+        model = MambaYOLO(**config["model"])
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"the weights in {path} do not fit their config.json: {error}") from None
+    if len(config["names"]) != model.num_classes:
+        raise UserError(
+            f"{path}: config.json names {len(config['names'])} classes, the network has {model.num_classes}"
+        )
     return model.eval(), config

@@ -22,6 +22,8 @@ from vision_ssm.training import RunInfo, Task, TrainResult, last_run_dir, read_r
 
 FROZEN = {"none": (), "backbone": ("backbone",), "all_but_head": ("backbone", "neck")}
 """Parts of the network that `freeze` keeps as they are."""
+LOGGED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+"""Numbers of `Metrics.scalars` that are logged at every epoch."""
 
 
 class DetectionTask(Task):
@@ -91,12 +93,9 @@ class DetectionTask(Task):
             batch_size=train.batch_size,
             workers=train.workers,
         )
-        amp = train.precision == "bf16"
-        metrics = evaluate(model, loader, self.val_set, device=run.device, amp=amp)
-        return {"fitness": 0.1 * metrics.ap50 + 0.9 * metrics.ap} | {
-            name: getattr(metrics, name)
-            for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-        }
+        metrics = evaluate(model, loader, self.val_set, device=run.device, amp=train.precision == "bf16")
+        scores = metrics.scalars()
+        return {"fitness": metrics.fitness} | {name: scores[name] for name in LOGGED}
 
     def first_batch(self, batch: dict[str, Tensor], run_dir: Path) -> None:
         """Save the first batch with its boxes."""

@@ -17,6 +17,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Endings that `save_picture` can write."""
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_CROWD = 30
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -32,7 +33,8 @@ def draw_boxes(
     """Draw boxes in the colours of their classes, on a copy.
 
     Line width and letters grow with the picture. Captions of earlier boxes win: one that would cover another caption
-    is left out, so give the best boxes first.
+    is left out, so give the best boxes first. In a crowd (over 30 boxes) lines are thin, letters small, and a caption
+    is left out that is more than twice as wide as its box, so that the objects can still be seen.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -45,14 +47,16 @@ def draw_boxes(
     """
     canvas = np.ascontiguousarray(image).copy()
     longest = max(canvas.shape[:2])
-    width = max(1, round(longest / 320))
+    crowded = len(boxes) > _CROWD
+    width = max(1, round(longest / (640 if crowded else 320)))
     colors = [class_color(int(label)) for label in labels]
     corners = [tuple(int(v) for v in np.floor(np.clip(box, -longest, 2 * longest))) for box in boxes]
     for (x1, y1, x2, y2), color in reversed(list(zip(corners, colors, strict=True))):
         cv2.rectangle(canvas, (x1, y1), (x2, y2), color, width)
     if not captions:
         return canvas
-    return _draw_captions(canvas, corners, colors, captions, size=min(max(round(longest / 48), 11), 40))
+    size = min(max(round(longest / (96 if crowded else 48)), 11), 40)
+    return _draw_captions(canvas, corners, colors, captions, size, most=2.0 if crowded else math.inf)
 
 
 def _draw_captions(
@@ -61,14 +65,18 @@ def _draw_captions(
     colors: list[tuple[int, int, int]],
     captions: Sequence[str],
     size: int,
+    most: float,
 ) -> np.ndarray:
+    """Write captions; `most` is the largest width of a caption in widths of its box."""
     height, width = canvas.shape[:2]
     picture = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(picture), _font(size)
     ascent, descent = font.getmetrics()
     taken: list[tuple[int, int, int, int]] = []
-    for (x1, y1, _, _), color, caption in zip(corners, colors, captions, strict=True):
+    for (x1, y1, x2, _), color, caption in zip(corners, colors, captions, strict=True):
         wide, high = math.ceil(font.getlength(caption)) + 4, ascent + descent
+        if wide > most * max(x2 - x1, 1):
+            continue
         left = min(max(x1, 0), max(width - wide, 0))
         top = y1 - high if y1 >= high else min(max(y1, 0), max(height - high, 0))
         place = (left, top, left + wide, top + high)

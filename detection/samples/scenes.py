@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import colorsys
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -49,7 +48,6 @@ Changes: digits enlarged, turned and coloured; photographs cropped, resized and 
 def make_scenes(
     folder: str | Path,
     *,
-    digits: Sequence[int] = (0, 1, 4),
     train: int = 600,
     val: int = 120,
     size: int = 160,
@@ -59,8 +57,6 @@ def make_scenes(
 
     Args:
         folder: Where; a folder made before with the same numbers is left as it is.
-        digits: Which digits there are, each a class. Three unlike ones can be told apart after a minute on a CPU;
-            `range(10)` is a harder set.
         train: Pictures to train on.
         val: Pictures to validate on, from other digits and other photographs.
         size: Side of the pictures in pixels, 96 at least.
@@ -74,14 +70,11 @@ def make_scenes(
     """
     if train < 1 or val < 1 or size < 96:
         raise UserError(f"scenes: train and val at least 1, size at least 96; got {train}, {val}, {size}")
-    wanted = sorted(set(digits))
-    if not wanted or not set(wanted) <= set(range(10)):
-        raise UserError(f"scenes: digits must be some of 0 to 9, they are {list(digits)}")
-    recipe = {"set": "scenes", "version": 1, "train": train, "val": val, "size": size, "seed": seed, "digits": wanted}
+    recipe = {"set": "scenes", "version": 2, "train": train, "val": val, "size": size, "seed": seed}
 
     def fill(made: Path) -> None:
         voc = VocFolder(made)
-        strokes = _strokes(wanted)
+        strokes = _strokes()
         for number, (split, count) in enumerate((("train", train), ("val", val))):
             photographs = _photographs(split)
             for index in range(count):
@@ -95,7 +88,7 @@ def make_scenes(
     return build_folder(Path(folder), recipe, fill)
 
 
-def _strokes(digits: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _strokes() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each split the (n, 8, 8) strokes in 0..1 and their (n,) labels; the wheel is ordered by writers."""
     try:
         from sklearn.datasets import load_digits
@@ -105,8 +98,7 @@ def _strokes(digits: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     end = round(_TRAIN_SHARE * len(labels))
     split = {}
     for name, part in (("train", slice(0, end)), ("val", slice(end, None))):
-        chosen = np.isin(labels[part], digits)
-        split[name] = (strokes[part][chosen].reshape(-1, 8, 8).astype(np.float32) / 16, labels[part][chosen])
+        split[name] = (strokes[part].reshape(-1, 8, 8).astype(np.float32) / 16, labels[part])
     return split
 
 

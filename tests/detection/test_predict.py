@@ -88,10 +88,9 @@ def test_wrong_weights_are_explained(tmp_path: Path) -> None:
     model = MambaYOLO("t", 2, stage_repeats=(1, 1, 1, 1))
     good = {"task": "detect", "model": model.config, "names": ["a", "b"], "image_size": 64}
     cases = {
-        "task is 'restore'": good | {"task": "restore"},
-        "names 3 classes, the model has 2": good | {"names": ["a", "b", "c"]},
-        "belong to another model": good | {"model": model.config | {"num_classes": 3}, "names": ["a", "b", "c"]},
-        "does not describe a detector": {"task": "detect"},
+        "for the task 'restore'": good | {"task": "restore"},
+        "names 3 classes, the network has 2": good | {"names": ["a", "b", "c"]},
+        "do not fit": good | {"model": model.config | {"num_classes": 3}, "names": ["a", "b", "c"]},
     }
     for k, (message, config) in enumerate(cases.items()):
         save_checkpoint(tmp_path / str(k), model.state_dict(), config)

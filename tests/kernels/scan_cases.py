@@ -34,8 +34,8 @@ class Case1D:
         state = (*batch, channels, self.state)
         bc = (*lead, self.groups, self.state) if self.groups else (*lead, self.state)
         return (
-            make(*self.shape), self._steps(make(*lead, self.rank or channels)), make.decay(channels, self.state), make(*bc),
-            make(*bc), make.wide(channels) if self.extras else None,
+            make(*self.shape), self._steps(make(*lead, self.rank or channels)), make.decay(channels, self.state),
+            make(*bc), make(*bc), make.wide(channels) if self.extras else None,
             make(channels, self.rank) if self.rank else None, make.wide(channels) if self.extras else None,
             make(*self.shape) if self.extras else None, make.wide(*state) if self.extras else None,
         )  # fmt: skip
