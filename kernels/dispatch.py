@@ -39,17 +39,12 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The reason why `backend` cannot scan tensors of this device and dtype; "" when it can."""
     if backend in ("reference", "torch"):
         return ""
-    if backend == "c":
-        if device.type != "cpu":
-            return f"it runs on the CPU, the tensors are on {device}"
-        if dtype == torch.float64:
-            return "it computes in float32, the tensors are float64"
-        return _c_problem()
-    if device.type != "cuda":
-        return f"it runs on a GPU, the tensors are on {device}"
+    kind, place = ("cpu", "the CPU") if backend == "c" else ("cuda", "a GPU")
+    if device.type != kind:
+        return f"it runs on {place}, the tensors are on {device}"
     if dtype == torch.float64:
         return "it computes in float32, the tensors are float64"
-    return _triton_problem()
+    return _c_problem() if backend == "c" else _triton_problem()
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -5,7 +5,6 @@ file is enough too. A `training/` folder beside them, for resuming, belongs to `
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import vision_ssm
 from vision_ssm.errors import UserError
-from vision_ssm.files import replacing, write_text
+from vision_ssm.files import replacing, to_disk, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT = 1
@@ -47,10 +46,10 @@ def save_checkpoint(folder: str | Path, state_dict: Mapping[str, Tensor], config
             save_file(tensors, temporary, metadata={"format": "pt", "config": json.dumps(stored)})
         except SafetensorError as error:
             raise UserError(f"cannot write {weights}: {error}; what was there before is intact") from None
-        _to_disk(temporary)
+        to_disk(temporary)
     write_text(folder / CONFIG_FILE, text)
-    _to_disk(folder / CONFIG_FILE)
-    _to_disk(folder)
+    to_disk(folder / CONFIG_FILE)
+    to_disk(folder)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,6 +76,20 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         f"{path} is no checkpoint; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, a .safetensors file, "
         f"or a file of another project ({', '.join(_FOREIGN)})"
     )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a checkpoint folder, without its weights.
+
+    Raises:
+        UserError: Damaged, or written by a newer version.
+    """
+    config = Path(folder) / CONFIG_FILE
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} is damaged: {error}") from None
+    return _checked(values, config)
 
 
 @dataclass(frozen=True)
@@ -158,27 +171,13 @@ def _storable(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _to_disk(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such call for folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _load_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     missing = [file.name for file in (config, weights) if not file.is_file()]
     if missing:
         raise UserError(f"{folder} is no checkpoint: it has no {' and no '.join(missing)}{_nearby(folder)}")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is damaged: {error}") from None
-    return _read_safetensors(weights)[0], _checked(values, config)
+    values = read_config(folder)
+    return _read_safetensors(weights)[0], values
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -199,7 +198,7 @@ def _checked(values: Any, path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds a {type(values).__name__}, not a mapping")
     mark = values.pop(_MARK, None)
-    if isinstance(mark, dict) and mark.get("format", FORMAT) > FORMAT:
+    if isinstance(mark, dict) and isinstance(mark.get("format"), int) and mark["format"] > FORMAT:
         raise UserError(
             f"{path} was written by vision-ssm {mark.get('version')}, newer than this {vision_ssm.__version__}; "
             "update vision-ssm to read it"

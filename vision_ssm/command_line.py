@@ -45,25 +45,24 @@ def explain(message: str, prog: str, parser: ArgumentParser, hints: Hints) -> st
     """A parser's error in one readable line with what is allowed and the nearest known flag."""
     flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     help_hint = f" (see {prog} --help)"
-    if wrong := re.match(r'Parser key "([^"]+)"(?: element \d+)?:\s+(.*?)(?:Got value: (.*))?$', message, re.DOTALL):
+    if wrong := re.match(
+        r'Parser key "([^"]+)"(?: element \d+)?:\s+(.*?)(?:(?:Got|Given) value: (.*))?$', message, re.DOTALL
+    ):
         key, detail, value = wrong.groups()
         shown = f"{value.strip()!r}" if value else _one_line(detail)
         flag = f"--{key}" if f"--{key}" in flags else key.upper()
         return f"{flag} is {shown}; allowed is {describe(_item_type(hints[key]))}{help_hint}"
+    if wrong := re.match(r"argument --([\w.]+)\S*: invalid \S+ value: (.*)", message, re.DOTALL):
+        return f"--{wrong[1]} is {wrong[2]}; allowed is {describe(hints.get(wrong[1], str))}{help_hint}"
     if unknown := re.match(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         word = unknown[1].partition("=")[0]
         if not word.startswith("-"):
             return f"unexpected argument {word!r}; several go together, before or after the flags{help_hint}"
-        return f"unknown flag {word}{_same_ending(word, flags) or near_match(word, flags)}{help_hint}"
+        return f"unknown flag {word}{near_match(word, flags)}{help_hint}"
     if missing := re.match(r"the following arguments are required: (.*)", message, re.DOTALL):
         names = [f"--{name}" if f"--{name}" in flags else name.upper() for name in re.findall(r"[\w.]+", missing[1])]
         return f"missing: {', '.join(names)}{help_hint}"
     return _one_line(message) + help_hint
-
-
-def _same_ending(word: str, flags: list[str]) -> str:
-    found = [flag for flag in flags if flag.rpartition(".")[2] == word.lstrip("-")]
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _add_parameter(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:

@@ -29,10 +29,9 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def near_match(name: str, known: Iterable[str]) -> str:
     """A hint such as "; did you mean 'epochs'?", or "" when nothing known looks like `name`."""
     known = list(known)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not found:  # a right word in the wrong group: `epochs` for `train.epochs`
-        last = name.rpartition(".")[2]
-        found = [k for k in known if "." in k and k.rpartition(".")[2] == last][:1]
+    last = name.lstrip("-").rpartition(".")[2]  # a right word in the wrong group: `epochs` for `train.epochs`
+    found = [k for k in known if "." in k and k.rpartition(".")[2] == last][:1]
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

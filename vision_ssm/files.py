@@ -2,11 +2,26 @@
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from vision_ssm.errors import UserError
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder and try to write into it, so that work whose result could not be kept is not begun.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -44,3 +59,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """As `write_bytes`, for text in UTF-8 with line ends as given."""
     write_bytes(path, text.encode())
+
+
+def to_disk(path: str | Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk, so that they survive a loss of power."""
+    folder = Path(path).is_dir()
+    if os.name == "nt" and folder:
+        return  # Windows has no such call for folders
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .reference import LINES
+from .reference import LINES, sequences_and_length
 
 _CHUNK, _BLOCK = 64, 16
 _SPLITS, _RUNS = 4, 64
@@ -86,9 +86,8 @@ def saved_shape(x: Tensor, orders: tuple[int, ...], groups: int, state: int) -> 
 
     (sequences, blocks of up to 16 channels of one group, directions, chunks, state, 16).
     """
-    batch, height, width, channels = x.shape
-    sequences, length = (batch * width, height) if orders[0] >= LINES else (batch, height * width)
-    blocks = groups * -(-(channels // groups) // _BLOCK)
+    sequences, length = sequences_and_length(x, orders)
+    blocks = groups * -(-(x.shape[3] // groups) // _BLOCK)
     return (sequences, blocks, len(orders), -(-length // _CHUNK), state, _BLOCK)
 
 
@@ -170,6 +169,8 @@ def backward(
     sequences, blocks = saved_shape(x, orders, Bm.shape[4], A.shape[2])[:2]
     splits, runs = min(blocks, -(-_SPLITS // sequences)), min(sequences, _RUNS)
     call.args.splits, call.args.runs = splits, runs
+    if grad_y.stride(-1) != 1 or grad_y.dtype != torch.float32:
+        grad_y = grad_y.float().contiguous()  # before `expand`, or each direction would get a copy
     call.give("grad_y", grad_y if not merge else grad_y.unsqueeze(3).expand(*x.shape[:3], len(orders), x.shape[3]))
     call.give("grad_final", grad_final)
     call.give("saved", saved)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .gpu_gradient import scan_gradient_kernel
 from .gpu_kernels import scan_chunk_kernel, scan_combine_kernel, scan_output_kernel
-from .reference import COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED, ROWS_REVERSED
+from .reference import COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED, ROWS_REVERSED, sequences_and_length
 
 MAX_RANK = 32
 """Largest rank of delta that is multiplied out inside the kernels; beyond it the product is formed by torch."""
@@ -47,9 +47,8 @@ def _cdiv(a: int, b: int) -> int:
 
 def _chunking(x: Tensor, orders: tuple[int, ...]) -> tuple[int, int]:
     """Chunk length (a multiple of 4) and number of chunks: enough work for a large GPU, few states to combine."""
-    batch, height, width, channels = x.shape
-    sequences, length = (batch * width, height) if orders[0] >= LINES else (batch, height * width)
-    warps = sequences * len(orders) * _cdiv(channels, 64)
+    sequences, length = sequences_and_length(x, orders)
+    warps = sequences * len(orders) * _cdiv(x.shape[3], 64)
     if length <= 32 or (length <= 256 and warps >= 2048):
         return _cdiv(length, 4) * 4, 1
     chunk = 128
@@ -81,11 +80,6 @@ def _state_strides(t: Tensor | None, lines: bool) -> tuple[int, ...]:
         return (0,) * 6
     s = t.stride()
     return (s[0], s[1] if lines else 0, s[-3], 0, s[-1], s[-2])
-
-
-def _slot_strides(t: Tensor) -> tuple[int, ...]:
-    """The same of chunk states (B, W, K, chunks + 1, N, D)."""
-    return t.stride()
 
 
 @dataclass(frozen=True)
@@ -228,8 +222,6 @@ def forward(
     y = x.new_empty(x.shape if merge else (*x.shape[:3], plan.directions, plan.channels))
     lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
     final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
-    if x.numel() == 0:
-        return y, final.zero_(), A.new_zeros(saved_shape(x, orders, plan.groups, plan.states))
     with _on(x):
         states = None
         if plan.count > 1:
@@ -275,8 +267,6 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients that ``needs`` asks for, in the order of the inputs; the same bits at every call."""
     inputs = _Inputs(x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state)
-    if x.numel() == 0:
-        return [torch.zeros_like(t) if n and t is not None else None for t, n in zip(inputs, needs, strict=True)]
     if grad_y.stride(-1) != 1:
         grad_y = grad_y.contiguous()
     if delta_weight is not None and delta_weight.shape[2] <= MAX_RANK:

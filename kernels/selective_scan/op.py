@@ -11,10 +11,10 @@ is a set of lines: H is the scanned axis, B the axes before it, W the axes after
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import choose_backend
@@ -27,6 +27,7 @@ from .reference import (
     ROWS,
     ROWS_REVERSED,
     selective_scan_reference,
+    step_sizes,
 )  # fmt: skip
 
 Backend = Literal["auto", "reference", "torch", "c", "triton"]
@@ -46,6 +47,11 @@ def _implementation(name: str):
     return gpu
 
 
+def _as_given(x: Tensor) -> AbstractContextManager:
+    """Context without autocast, which would cast the matrix products inside down to half precision."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("vision_ssm::selective_scan", mutates_args=())
 def _scan_op(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
@@ -54,10 +60,11 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Canonical scan: y, final states, and what the backward pass needs."""
     path = _implementation(choose_backend(backend, x.device, x.dtype))
-    return path.forward(
-        x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state,
-        orders=tuple(orders), softplus=softplus, merge=merge, need_backward=need_backward,
-    )  # fmt: skip
+    with _as_given(x):
+        return path.forward(
+            x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state,
+            orders=tuple(orders), softplus=softplus, merge=merge, need_backward=need_backward,
+        )  # fmt: skip
 
 
 @_scan_op.register_fake
@@ -84,10 +91,11 @@ def _scan_backward_op(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of the inputs."""
     path = _implementation(choose_backend(backend, x.device, x.dtype))
-    found = path.backward(
-        grad_y, grad_final, x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, saved,
-        orders=tuple(orders), softplus=softplus, merge=merge, needs=tuple(needs),
-    )  # fmt: skip
+    with _as_given(x):
+        found = path.backward(
+            grad_y, grad_final, x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, saved,
+            orders=tuple(orders), softplus=softplus, merge=merge, needs=tuple(needs),
+        )  # fmt: skip
     return [cast(Tensor, g).contiguous() for g, need in zip(found, needs, strict=True) if need]
 
 
@@ -127,8 +135,7 @@ def _backward(ctx, grad_y, grad_final, _):
     x = tensors[0]
     needs = [bool(n) and t is not None for n, t in zip(ctx.needs_input_grad, tensors, strict=False)]
     if grad_y is None:
-        height_to_directions = x.shape if ctx.merge else (*x.shape[:3], len(ctx.orders), x.shape[3])
-        grad_y = x.new_zeros(()).expand(height_to_directions)
+        grad_y = x.new_zeros(()).expand(x.shape if ctx.merge else (*x.shape[:3], len(ctx.orders), x.shape[3]))
     found = iter(
         _scan_backward_op(grad_y, grad_final, *tensors, saved, ctx.orders, ctx.softplus, ctx.merge, needs, ctx.backend)
     )
@@ -160,7 +167,8 @@ def _canonical_scan(
     optional = (D, delta_weight, delta_bias, z, initial_state)
     tensors = (x, delta, A.contiguous(), Bm, C, *optional)
     if backend == "reference":
-        return selective_scan_reference(*tensors, orders=orders, softplus=softplus, merge=merge)
+        with _as_given(x):
+            return selective_scan_reference(*tensors, orders=orders, softplus=softplus, merge=merge)
     need_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not torch.compiler.is_compiling():
         choose_backend(backend, x.device, x.dtype)  # an error here reads better than inside the operator
@@ -169,23 +177,11 @@ def _canonical_scan(
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    *,
-    delta_weight: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    softplus: bool = False,
-    z: Tensor | None = None,
-    reverse: bool = False,
-    dim: int = 1,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    backend: Backend = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
+    delta_weight: Tensor | None = None, delta_bias: Tensor | None = None, softplus: bool = False,
+    z: Tensor | None = None, reverse: bool = False, dim: int = 1,
+    initial_state: Tensor | None = None, return_final_state: bool = False, backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Selective scan over one axis of a channels-last tensor: h <- exp(delta A) h + delta B u, y = <C, h> + D u.
 
     Args:
@@ -285,9 +281,13 @@ def _check_selective_scan(u, delta, A, B, C, D, delta_weight, delta_bias, z, dim
 
 
 def check_rank(delta_weight: Tensor | None, lead: tuple[int, ...], meaning: str) -> None:
-    """delta_weight is None or (*lead, rank)."""
-    if delta_weight is not None and (delta_weight.ndim != len(lead) + 1 or tuple(delta_weight.shape[:-1]) != lead):
-        raise ValueError(f"delta_weight: got shape {tuple(delta_weight.shape)}, expected {meaning} with {lead} first")
+    """delta_weight is None or (*lead, rank), rank at least 1."""
+    if delta_weight is None:
+        return
+    if delta_weight.ndim != len(lead) + 1 or tuple(delta_weight.shape[:-1]) != lead or delta_weight.shape[-1] < 1:
+        raise ValueError(
+            f"delta_weight: got shape {tuple(delta_weight.shape)}, expected {meaning} = {lead} and a rank of at least 1"
+        )
 
 
 def _last_of_delta(delta_weight: Tensor | None) -> str:
@@ -404,6 +404,6 @@ def selective_scan_summary(
         dim=dim, return_final_state=True, backend=backend,
     )  # fmt: skip
     acc = torch.float64 if u.dtype == torch.float64 else torch.float32
-    steps = delta.to(acc) if delta_weight is None else delta.to(acc) @ delta_weight.to(acc).T
-    steps = steps if delta_bias is None else steps + delta_bias
-    return final, (F.softplus(steps) if softplus else steps).sum(dim)
+    with _as_given(u):
+        steps = step_sizes(delta, delta_weight, delta_bias, softplus=softplus, dtype=acc)
+    return final, steps.sum(dim)

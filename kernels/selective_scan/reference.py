@@ -12,6 +12,12 @@ ROWS, COLUMNS, ROWS_REVERSED, COLUMNS_REVERSED, LINES, LINES_REVERSED = range(6)
 """Reading orders: four over a whole image, two over the lines along axis H (every (b, w) is its own sequence)."""
 
 
+def sequences_and_length(x: Tensor, orders: tuple[int, ...]) -> tuple[int, int]:
+    """How many sequences x (B, H, W, D) is read as, and their length: B of H * W, or B * W lines of H."""
+    batch, height, width, _ = x.shape
+    return (batch * width, height) if orders[0] >= LINES else (batch, height * width)
+
+
 def read_in_order(tensor: Tensor, order: int) -> Tensor:
     """(B, H, W, ...) -> (sequences, L, ...): the positions as `order` visits them.
 

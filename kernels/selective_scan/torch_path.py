@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import LINES, read_in_order, stack_states, state_of_sequences, step_sizes, write_in_order
+from .reference import (
+    read_in_order,
+    sequences_and_length,
+    stack_states,
+    state_of_sequences,
+    step_sizes,
+    write_in_order,
+)  # fmt: skip
 
 _FORWARD_BLOCK = 1 << 22
 """Numbers in one buffer of the forward pass on the CPU (16 MB in float32); larger batches are cut into blocks."""
@@ -42,9 +49,8 @@ def _chunk_length(length: int) -> int:
 
 def saved_shape(x: Tensor, orders: tuple[int, ...], groups: int, state: int) -> tuple[int, ...]:
     """Shape of the chunk start states that `forward` keeps for `backward`: (K, S, Q, G, N, E)."""
-    batch, height, width, channels = x.shape
-    sequences, length = (batch * width, height) if orders[0] >= LINES else (batch, height * width)
-    return (len(orders), sequences, -(-length // _chunk_length(length)), groups, state, channels // groups)
+    sequences, length = sequences_and_length(x, orders)
+    return (len(orders), sequences, -(-length // _chunk_length(length)), groups, state, x.shape[3] // groups)
 
 
 def _cut(t: Tensor, count: int, steps: int) -> Tensor:
@@ -124,7 +130,9 @@ def _outputs(c: _Chunks, starts: Tensor) -> tuple[Tensor, Tensor]:
     return y, h
 
 
-def _scan(u: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    u: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """A block of sequences: y (S, L, D), final state (S, G, N, E), chunk start states (S, Q, G, N, E)."""
     c = _make_chunks(u, dt, A, Bm, C)
     starts, final = _start_states(c, start)

@@ -79,6 +79,24 @@ def test_slices_of_wider_tensors_and_expanded_gradient():
 
 
 @needs_c
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_in_another_layout_is_copied_once_for_all_directions(dtype, monkeypatch):
+    bytes_given = []
+    give = c_path._Call.give
+
+    def spying(call, name, tensor):
+        give(call, name, tensor)
+        if name == "grad_y":
+            bytes_given.append(call.kept[-1].untyped_storage().nbytes())
+
+    monkeypatch.setattr(c_path._Call, "give", spying)
+    case = Case2D((1, 5, 6, 7))
+    y, _ = case.function("c")(*case.inputs(dtype))
+    y.backward(torch.ones(1, 7, 5, 6, dtype=dtype).permute(0, 2, 3, 1))
+    assert bytes_given == [4 * y.numel()]
+
+
+@needs_c
 def test_only_needed_gradients_are_formed():
     case = Case2D((1, 4, 4, 6), state=4)
     x, delta, A, b, c, D, weight, bias, state = (None if t is None else t.detach() for t in case.inputs(torch.float32))

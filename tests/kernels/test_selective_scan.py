@@ -58,6 +58,32 @@ def test_half_precision(case, dtype, backend):
     compare(case, backend, dtype)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", [CASES_1D["low_rank"], CASES_2D["odd"]], ids=["1d", "2d"])
+def test_autocast_changes_nothing(case, backend):
+    inputs = case.inputs(torch.float32)
+    want = run_with_grads(case.function(backend), *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run_with_grads(case.function(backend), *inputs)
+    for name, g, w in zip(("y", "final_state", *names_of(case)), got, want, strict=True):
+        assert (g is None and w is None) or torch.equal(g, w), name
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_does_not_change_a_summary(backend):
+    u, delta, A, B, _, _, weight, bias, _, _ = CASES_1D["low_rank"].inputs(torch.float32)
+
+    def summary():
+        return kernels.selective_scan_summary(
+            u, delta, A, B, delta_weight=weight, delta_bias=bias, softplus=True, backend=backend
+        )
+
+    want = summary()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = summary()
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     height=st.integers(1, 9), width=st.integers(1, 9), channels=st.integers(1, 9), state=st.integers(1, 18),
@@ -245,6 +271,14 @@ def test_exports_with_dynamic_sizes():
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_shapes_on_the_meta_device(backend):
+    u, delta, A, B, *_ = (t.detach().to("meta") for t in Case1D((2, 7, 4), extras=False).inputs(torch.float32)[:5])
+    y = kernels.selective_scan(u, delta, A, B, B, backend=backend)
+    final, total = kernels.selective_scan_summary(u, delta, A, B, softplus=True, backend=backend)
+    assert (y.shape, final.shape, total.shape) == ((2, 7, 4), (2, 4, 3), (2, 4))
+
+
 def test_second_derivatives_are_refused_clearly():
     u, *rest = Case1D().inputs(torch.float32)
     y, _ = Case1D().function("torch")(u, *rest)
@@ -258,6 +292,7 @@ BAD_CALLS = {
     "channels": (dict(A=ZEROS(5, 3)), r"A: got shape \(5, 3\), expected \(channels, state\) = \(4, 3\)"),
     "state size": (dict(A=ZEROS(4, 300), B=ZEROS(2, 7, 300), C=ZEROS(2, 7, 300)), "expected 1 to 256"),
     "delta": (dict(delta=ZEROS(2, 6, 4)), "delta: got shape"),
+    "rank": (dict(delta=ZEROS(2, 7, 0), delta_weight=ZEROS(4, 0)), r"delta_weight: got shape \(4, 0\).*at least 1"),
     "B and C": (dict(C=ZEROS(2, 7, 2)), "C: got shape"),
     "dtype": (dict(u=ZEROS(2, 7, 4, dtype=torch.int32)), "u: got dtype torch.int32"),
     "A dtype": (dict(A=ZEROS(4, 3, dtype=torch.bfloat16)), "A: got dtype torch.bfloat16, expected torch.float32"),

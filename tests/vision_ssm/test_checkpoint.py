@@ -69,7 +69,7 @@ def test_a_failed_write_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch,
     if fault == "weights":
         monkeypatch.setattr(checkpoint, "save_file", half)
     elif fault == "disk_full":
-        monkeypatch.setattr(checkpoint.os, "fsync", fail)
+        monkeypatch.setattr("os.fsync", fail)
     elif fault == "rename":
         monkeypatch.setattr("vision_ssm.files.os.replace", fail)
     else:

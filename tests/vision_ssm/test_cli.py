@@ -63,7 +63,7 @@ def predict(
     return 1
 
 
-def score(*, weights: Path, splits: list[Literal["train", "val"]] = ["val"]) -> None:  # noqa: B006
+def score(*, weights: Path, splits: list[Literal["train", "val"]] = ["val"], limit: int | None = None) -> None:  # noqa: B006
     """Score weights."""
     calls.append((weights, splits))
 
@@ -165,6 +165,9 @@ def test_menus_and_version(capsys):
         ("detect predict m a --conf 1 b", ["unexpected argument 'b'"]),
         ("detect train --data d --lr 1", ["unknown flag --lr", "did you mean '--optim.lr'"]),
         ("detect train --data d --optim.lr fast", ["--optim.lr is 'fast'", "a number"]),
+        ("detect train --data d --epoch.lr 3", ["unknown flag --epoch.lr", "did you mean '--optim.lr'"]),
+        ("detect train --data d --optim.nesterov maybe", ["--optim.nesterov is 'maybe'", "true or false"]),
+        ("detect score --weights w --limit few", ["--limit is 'few'; allowed is a whole number or null"]),
         ("detect train --data d --optim.lr -1", ["optim: lr must be positive, got -1.0"]),
         ("detect train --data d --device gpu", ["--device is 'gpu'", "one of auto, cpu"]),
         ("detect train --data", ["--data", "expected one argument"]),

@@ -20,6 +20,7 @@ from vision_ssm.checkpoint import load_checkpoint
 from vision_ssm.errors import UserError
 from vision_ssm.training import OptimConfig, RunInfo, ScheduleConfig, TrainResult, last_run_dir, read_run_config, train
 from vision_ssm.training.batches import SampleKey, seed_everything
+from vision_ssm.training.environment import make_accelerator, out_of_memory_message
 
 ROOT = Path(__file__).parents[2]
 VARYING = ("seconds", "images_per_s", "data_wait")  # wall time
@@ -297,6 +298,13 @@ def test_frozen_layers_keep_weights_and_statistics(tmp_path):
     assert not torch.equal(built[6].weight, last_layer)
 
 
+def test_out_of_memory_of_a_cpu_run_asks_no_gpu(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    accelerator = make_accelerator(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "lower batch_size" in out_of_memory_message(config, accelerator)
+
+
 def test_device_cuda_without_a_gpu_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device is cuda, but torch sees no GPU"):
@@ -308,17 +316,19 @@ def deterministic_gpu():
     torch.backends.cudnn.deterministic = True
     yield
     torch.backends.cudnn.deterministic = False
+    torch.cuda.set_sync_debug_mode("default")
 
 
 class GpuTask(TinyTask):
-    """Never waits for the device itself, lets nobody wait from batch 3 to 18, and stops the run in ``stop_at``."""
+    """Never waits for the device itself, lets nobody wait between two of its batches, and stops a run in another."""
 
+    no_waiting: tuple[int, int] = (0, 0)
     stop_at: int | None = None
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         self.losses.append(0.0)
-        if len(self.losses) in (3, 18):  # the loop looks at the device after step 20
-            torch.cuda.set_sync_debug_mode("error" if len(self.losses) == 3 else "default")
+        if len(self.losses) in self.no_waiting:
+            torch.cuda.set_sync_debug_mode("error" if len(self.losses) == self.no_waiting[0] else "default")
         if len(self.losses) == self.stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         images, labels = batch
@@ -335,7 +345,9 @@ class GpuTask(TinyTask):
 def test_on_a_gpu_no_step_waits_and_a_resumed_run_is_the_same(tmp_path, deterministic_gpu, name):
     changes = {"device": "cuda", "precision": "bf16", "workers": 2, "nominal_batch": 4}
     changes["optim"] = OptimConfig(name=name, lr=0.01)
-    whole = train(GpuTask(samples=96), tiny_config(tmp_path / "whole", **changes))
+    undisturbed = GpuTask(samples=96)
+    undisturbed.no_waiting = (3, 18)  # the loop looks at the device after step 20
+    whole = train(undisturbed, tiny_config(tmp_path / "whole", **changes))
     stopped = GpuTask(samples=96)
     stopped.stop_at = 30
     with pytest.raises(SystemExit):

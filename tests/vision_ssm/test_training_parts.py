@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ from vision_ssm.training.plan import Plan
 def test_a_config_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(betas=(0.9, 1.5)), r"betas must be two numbers from 0 to below 1, got \(0.9, 1.5\)"),
+        (lambda: ScheduleConfig(warmup_bias_lr=-0.1), "warmup_bias_lr must be 0 or more, got -0.1"),
+        (lambda: ScheduleConfig(warmup_momentum=1.0), "warmup_momentum must be a number from 0 to below 1, got 1.0"),
+    ],
+)
+def test_rates_that_no_optimiser_takes_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_a_config_goes_through_a_checkpoint():
@@ -300,6 +314,32 @@ def test_a_checkpoint_survives_a_kill_at_any_point_of_saving(tmp_path, monkeypat
     assert not (tmp_path / "last").exists()
     assert last_run_dir(tmp_path) == tmp_path
     assert run_folders.load(tmp_path / "last")[1]["step"] == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    save_numbered(tmp_path / "last", 1)
+    events: list[str] = []
+    write, rename, remove = run_folders.to_disk, Path.rename, shutil.rmtree
+    monkeypatch.setattr(run_folders, "to_disk", lambda path: (events.append(path.name), write(path)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {self.name}"), rename(self, to))[1])
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (events.append(f"rm {path.name}"), remove(path, **how)))
+    save_numbered(tmp_path / "last", 2)
+    assert events == [
+        "rm last.new", "state.pt", "rm last.old", "rename last", "rename last.new", tmp_path.name, "rm last.old",
+    ]  # fmt: skip
+
+
+def test_a_run_is_found_in_a_folder_with_brackets(tmp_path):
+    save_numbered(tmp_path / "run[1]" / "last", 1)
+    assert last_run_dir(tmp_path / "run[1]") == tmp_path / "run[1]"
+
+
+def test_a_damaged_config_is_told(tmp_path):
+    save_numbered(tmp_path / "last", 1)
+    assert run_folders.read_run_config(tmp_path) == {"number": 1}
+    (tmp_path / "last" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        run_folders.read_run_config(tmp_path)
 
 
 def test_a_damaged_state_is_told(tmp_path):

@@ -62,8 +62,8 @@ def read_header(path: str | Path) -> ImageHeader:
         # 16-bit RGB TIFF and a few others are known to OpenCV alone.
         height, width = read_image(path).shape[:2]
         return ImageHeader(width, height, "RGB", 1)
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_image(path: str | Path, *, apply_exif: bool = True) -> np.ndarray:
@@ -84,8 +84,8 @@ def read_image(path: str | Path, *, apply_exif: bool = True) -> np.ndarray:
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"cannot read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
     return decode_image(data, str(path), apply_exif=apply_exif)
 
 

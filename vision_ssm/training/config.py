@@ -26,6 +26,7 @@ class OptimConfig:
         _require(self.lr > 0, "lr", self.lr, "a positive number")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "a number from 0 to below 1")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ScheduleConfig:
         _require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "a number from 0 to 1")
         _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
         _require(self.warmup_min_batches >= 0, "warmup_min_batches", self.warmup_min_batches, "0 or more")
+        _require(self.warmup_bias_lr >= 0, "warmup_bias_lr", self.warmup_bias_lr, "0 or more")
+        _require(0 <= self.warmup_momentum < 1, "warmup_momentum", self.warmup_momentum, "a number from 0 to below 1")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The machine under a run: devices, processes, memory."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -9,6 +10,11 @@ from torch import nn
 
 from vision_ssm.errors import UserError
 from vision_ssm.training.config import TrainConfig
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes: the only one, or the first of those torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -41,12 +47,12 @@ def train_mode(model: nn.Module) -> None:
 
 def out_of_memory_message(config: TrainConfig, accelerator: Accelerator) -> str:
     """What happened, and what to lower."""
-    total = (
-        torch.cuda.get_device_properties(accelerator.device).total_memory / 2**30 if torch.cuda.is_available() else 0
-    )
+    memory = ""
+    if accelerator.device.type == "cuda":
+        memory = f" of {torch.cuda.get_device_properties(accelerator.device).total_memory / 2**30:.0f} GiB"
     keep = config.nominal_batch or config.batch_size
     return (
-        f"out of GPU memory with batch_size {config.batch_size} on {accelerator.num_processes} device(s) of "
-        f"{total:.0f} GiB: lower batch_size (with nominal_batch {keep} the step stays the same), the image size, or "
+        f"out of GPU memory with batch_size {config.batch_size} on {accelerator.num_processes} device(s)"
+        f"{memory}: lower batch_size (with nominal_batch {keep} the step stays the same), the image size, or "
         f"use precision bf16 (now {config.precision}). A checkpoint already written is kept"
     )

@@ -340,7 +340,7 @@ class _Trainer:
         if state["step"] >= self.plan.steps:
             raise UserError(
                 f"{self.run_dir} is finished ({state['step']} of {self.plan.steps} steps); "
-                "raise epochs or steps to train longer"
+                f"to train longer, start a new run from the weights in {self.run_dir / 'last'}"
             )
         try:
             self.raw.load_state_dict(state["model"])

@@ -1,6 +1,5 @@
 """The folder of a run: its name, its checkpoints, and what a resumed run starts from."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision_ssm.checkpoint import load_checkpoint, save_checkpoint
+from vision_ssm.checkpoint import load_checkpoint, read_config, save_checkpoint
 from vision_ssm.errors import UserError
+from vision_ssm.files import to_disk
 
 _STATE = Path("training") / "state.pt"
 
@@ -45,7 +45,7 @@ def last_run_dir(run_dir: str | Path) -> Path:
     """
     base = Path(run_dir)
     pattern = re.compile(rf"{re.escape(base.name)}\d*")
-    siblings = [path for path in base.parent.glob(f"{base.name}*") if pattern.fullmatch(path.name)]
+    siblings = [path for path in base.parent.glob("*") if pattern.fullmatch(path.name)]
     states = [state for path in siblings if (state := _settle(path / "last") / _STATE).is_file()]
     if not states:
         raise UserError(f"nothing to resume: no run in {base} (or {base.name}2, ...) has saved a checkpoint yet")
@@ -56,12 +56,12 @@ def read_run_config(run_dir: str | Path) -> dict[str, Any]:
     """The ``config.json`` of the run's last checkpoint; its key ``train`` is the ``TrainConfig``.
 
     Raises:
-        UserError: the folder holds no checkpoint to resume from.
+        UserError: the folder holds no checkpoint to resume from, or a damaged one.
     """
     last = _settle(Path(run_dir) / "last")
     if not (last / _STATE).is_file():
         raise UserError(f"nothing to resume: {run_dir} has no last/{_STATE.as_posix()}; give the folder of a run")
-    return json.loads((last / "config.json").read_text(encoding="utf-8"))
+    return read_config(last)
 
 
 def save(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], state: dict[str, Any] | None = None) -> None:
@@ -82,6 +82,7 @@ def save(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], state
         if state is not None:
             (fresh / _STATE).parent.mkdir()
             torch.save(state, fresh / _STATE)
+            to_disk(fresh / _STATE)
         _put_in_place(fresh, folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write the checkpoint {folder}: {error}; the one before it is kept") from error
@@ -113,6 +114,7 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
+    to_disk(folder.parent)  # the old one may go only when the new name is sure to last
     shutil.rmtree(old, ignore_errors=True)
 
 
