@@ -18,11 +18,12 @@ def train(config: DetectConfig, *, resume: Path | None = None) -> int:
     """
     from detection.report import write_report
     from detection.train import resumed_config, train_detector
+    from vision_ssm.training.environment import is_main_process
 
     if resume is not None:
         config, resume = resumed_config(resume, data_path=config.data.path)
     result = train_detector(config, resume=resume)
-    if result.best is not None:
+    if result.best is not None and is_main_process():
         write_report(
             result.best,
             result.run_dir,
@@ -168,9 +169,10 @@ def convert(file: Path, output: Path) -> int:
         file: The .pt, .pth or .safetensors file.
         output: Folder to write.
     """
-    from detection.pretrained import load_weights
+    from detection.pretrained import load_model, load_weights
     from vision_ssm.checkpoint import save_checkpoint
 
+    load_model(file)  # refuses weights that no network fits
     weights, config = load_weights(file)
     save_checkpoint(output, weights, config)
     model = config["model"]

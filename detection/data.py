@@ -49,8 +49,6 @@ class TrainDataset(Dataset):
         self, dataset: DetectionSet, *, image_size: int, config: AugmentConfig, epochs: int, cache: Cache = "none"
     ) -> None:
         dataset.refuse_errors()
-        if not dataset.records:
-            raise UserError(f"{dataset.root} has no pictures in its split {dataset.split!r}")
         self.records = dataset.records
         self.image_size, self.config = image_size, config
         self.mosaic_epochs = epochs - config.close_mosaic
@@ -199,8 +197,12 @@ def val_loader(
     """Validation batches of a data set; see `ValDataset`.
 
     Raises:
-        UserError: The set has errors; while iterating, a picture cannot be read.
+        UserError: The set has errors or no picture, or a number is out of range; while iterating, a picture cannot be
+            read.
     """
+    for name, value, least in (("image_size", image_size, 32), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
     batches = ValDataset(dataset, image_size=image_size, batch_size=batch_size, rectangular=rectangular)
     return ValLoader(batches, workers=workers)
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from detection.prediction import Prediction
 from detection.sources import is_video, media_files
 from vision_ssm.data.video import video_info, video_writer
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_writable, write_text
 from vision_ssm.viz import PICTURE_SUFFIXES
 
 KINDS = ("pictures", "json", "txt")
@@ -213,9 +212,4 @@ def _check_output(output: Path, files: dict[Path, Path], save: Sequence[str]) ->
             target = _picture_path(output, name)
             if target.resolve() in inputs:
                 raise UserError(f"the output {target} would overwrite an input; choose another output folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {output}: {error.strerror or error}") from error
+    check_writable(output)

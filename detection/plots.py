@@ -38,6 +38,8 @@ def plot_history(table: str | Path, path: str | Path) -> None:
     Raises:
         UserError: the file is missing or has no rows.
     """
+    from matplotlib.ticker import MaxNLocator
+
     columns = _read_columns(table)
     epochs = columns.pop("epoch", np.arange(1, len(next(iter(columns.values()))) + 1))
     panels = _panels([name for name in columns if name.split("/")[-1] not in _LEFT_OUT])
@@ -47,7 +49,7 @@ def plot_history(table: str | Path, path: str | Path) -> None:
             there = ~np.isnan(columns[name])
             marker = "o" if there.sum() < 25 else None
             axis.plot(epochs[there], columns[name][there], marker=marker, markersize=3, label=name.split("/")[-1])
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label(axis, title=_panel_title(names), x="epoch")
         if len(names) > 1:
             axis.set_ylim(0, max(0.05, 1.08 * max(np.nanmax(columns[name], initial=0) for name in names)))

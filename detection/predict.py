@@ -162,7 +162,8 @@ class Detector:
         Args:
             on_error: called for each file that cannot be read, which is then left out; without it the error is raised.
         """
-        options = _Options(conf, iou, image_size or self.image_size, batch_size, max_det, tile, overlap)
+        size = self.image_size if image_size is None else image_size
+        options = _Options(conf, iou, size, batch_size, max_det, tile, overlap)
         # A picture in tiles fills batches by itself.
         return self._stream(read_source(source, on_error), options, 1 if tile else batch_size)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detection.convert import config_from_state_dict, from_official
 from detection.model import MambaYOLO
-from vision_ssm.checkpoint import load_checkpoint
+from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.config import near_match
 from vision_ssm.errors import UserError
 
@@ -47,8 +47,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} holds weights for the task {config['task']!r}, not for detection")
     if "model" not in config:
         config = config | {"model": config_from_state_dict(weights)}
-    config.setdefault("names", [str(i) for i in range(config["model"]["num_classes"])])
-    config.setdefault("image_size", 640)
+    if not isinstance(config["model"], dict) or not isinstance(config["model"].get("num_classes"), int):
+        raise UserError(f"{path}: config.json is damaged: its `model` lacks the whole number `num_classes`")
+    config = {"names": [str(i) for i in range(config["model"]["num_classes"])], "image_size": 640, **config}
+    if not isinstance(config["names"], list) or not isinstance(config["image_size"], int):
+        raise UserError(f"{path}: config.json is damaged: `names` is a list of text, `image_size` a whole number")
     return weights, {"task": "detect", **config}
 
 
@@ -61,11 +64,13 @@ def load_model(path: str | Path) -> tuple[MambaYOLO, dict[str, Any]]:
     weights, config = load_weights(path)
     try:
         model = MambaYOLO(**config["model"])
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"the weights in {path} do not fit their config.json: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{path}: config.json is damaged: {error}") from None
+    load_matching(model, weights).require_complete(path)
     if len(config["names"]) != model.num_classes:
         raise UserError(
             f"{path}: config.json names {len(config['names'])} classes, the network has {model.num_classes}"
         )
+    if len(config.get("category_ids", config["names"])) != len(config["names"]):
+        raise UserError(f"{path}: config.json is damaged: `category_ids` has not one number for each class")
     return model.eval(), config

@@ -11,7 +11,7 @@ from detection.plots import plot_confusion, plot_history, plot_labels, plot_prec
 from detection.predict import choose_device
 from detection.pretrained import load_model
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_writable, write_text
 
 
 def write_report(
@@ -31,7 +31,7 @@ def write_report(
     a run's metrics.csv also curves.png.
 
     Raises:
-        UserError: weights or data that cannot be read, or classes that differ.
+        UserError: weights or data that cannot be read, classes that differ, or a folder that cannot be written.
     """
     output = Path(output)
     model, config = load_model(weights)
@@ -42,7 +42,9 @@ def write_report(
             "score on data with the same classes in the same order"
         )
     chosen = choose_device(device)
-    loader = val_loader(dataset, image_size=image_size or config["image_size"], batch_size=batch_size, workers=workers)
+    size = config["image_size"] if image_size is None else image_size
+    loader = val_loader(dataset, image_size=size, batch_size=batch_size, workers=workers)
+    check_writable(output)
     detections = collect_detections(model.to(chosen), loader, device=chosen, progress=True)
     metrics = score(dataset, detections)
     print(metrics.table())

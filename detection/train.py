@@ -19,6 +19,7 @@ from vision_ssm.checkpoint import load_matching
 from vision_ssm.config import from_dict, to_dict
 from vision_ssm.errors import UserError
 from vision_ssm.training import RunInfo, Task, TrainResult, last_run_dir, read_run_config, train
+from vision_ssm.training.environment import is_main_process
 
 FROZEN = {"none": (), "backbone": ("backbone",), "all_but_head": ("backbone", "neck")}
 """Parts of the network that `freeze` keeps as they are."""
@@ -32,15 +33,18 @@ class DetectionTask(Task):
     primary = "fitness"
     loss_reduction = "sum"
 
-    def __init__(self, config: DetectConfig) -> None:
+    def __init__(self, config: DetectConfig, *, resumed: bool = False) -> None:
         if not config.data.path:
             raise UserError("no data set: give its folder as --data.path (COCO, Pascal VOC or YOLO form)")
-        self.settings = config
+        self.settings, self.resumed = config, resumed
         self.train_set = load_detection_set(config.data.path, config.data.train)
         self.val_set = load_detection_set(config.data.path, config.data.val, names=self.train_set.names)
+        if not self.train_set.names:
+            raise UserError(f"{config.data.path} has no classes: no box is drawn in it yet")
         for dataset in (self.train_set, self.val_set):
             dataset.refuse_errors()
-            report_findings(dataset)
+            if is_main_process():
+                report_findings(dataset)
         self.criterion = DetectionLoss(len(self.train_set.names))
 
     def config(self) -> dict[str, Any]:
@@ -56,11 +60,13 @@ class DetectionTask(Task):
         }
 
     def build(self) -> nn.Module:
-        """The network, with the weights it starts from and its frozen part."""
+        """The network, with the weights it starts from (a resumed run has its own) and its frozen part."""
         model = MambaYOLO(**self.config()["model"])
-        if self.settings.weights is not None:
+        if self.settings.weights is not None and not self.resumed:
             weights, _ = load_weights(self.settings.weights)
-            print(f"starting from {self.settings.weights}\n{load_matching(model, weights)}")
+            report = load_matching(model, weights)
+            if is_main_process():
+                print(f"starting from {self.settings.weights}\n{report}")
         for part in FROZEN[self.settings.freeze]:
             model.get_submodule(part).requires_grad_(False)
         return model.to(memory_format=torch.channels_last)
@@ -117,7 +123,7 @@ def train_detector(config: DetectConfig, *, resume: Path | None = None) -> Train
     Raises:
         UserError: bad data, weights or settings.
     """
-    return train(DetectionTask(config), config.train, resume=resume)
+    return train(DetectionTask(config, resumed=resume is not None), config.train, resume=resume)
 
 
 def resumed_config(run: Path, *, data_path: str = "") -> tuple[DetectConfig, Path]:
@@ -128,7 +134,9 @@ def resumed_config(run: Path, *, data_path: str = "") -> tuple[DetectConfig, Pat
     """
     folder = last_run_dir(run)
     saved = read_run_config(folder)
-    saved["model"].pop("num_classes")  # follows from the data
+    if saved.get("task") != "detect" or not isinstance(saved.get("model"), dict):
+        raise UserError(f"{folder} is no run of `vssm detect train`: so says its last/config.json")
+    saved["model"].pop("num_classes", None)  # follows from the data
     known = {f.name for f in fields(DetectConfig)}
     config = from_dict(DetectConfig, {k: v for k, v in saved.items() if k in known}, str(folder / "last"))
     return (replace(config, data=replace(config.data, path=data_path)) if data_path else config), folder

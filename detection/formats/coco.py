@@ -127,8 +127,9 @@ def _all_categories(files: dict[str, Path]) -> dict[int, str]:
                 )
     if len(set(union.values())) != len(union):
         twice = sorted({name for name in union.values() if list(union.values()).count(name) > 1})
+        where = ", ".join(map(str, files.values()))
         raise UserError(
-            f"{files}: more than one category id for {', '.join(twice)}; give all splits the same categories"
+            f"{where}: more than one category id for {', '.join(twice)}; give all splits the same categories"
         )
     return union
 
@@ -152,7 +153,7 @@ def _pictures(root: Path, path: Path, entries: list[dict]) -> tuple[list[Picture
         try:
             image_id, name = int(entry["id"]), str(entry["file_name"])
             width, height = int(entry.get("width") or 0), int(entry.get("height") or 0)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             rule = "picture entry without id, file_name or whole numbers for width and height"
             findings.append(Finding("error", file, f"image {str(entry)[:80]}", rule, "complete the entry"))
             continue
@@ -191,11 +192,11 @@ def _boxes(
         try:
             number = annotation.get("id", index)
             x, y, width, height = (float(value) for value in annotation["bbox"])
-            picture, category = annotation["image_id"], annotation["category_id"]
+            picture, category = int(annotation["image_id"]), int(annotation["category_id"])
             crowd, area = bool(annotation.get("iscrowd", 0)), annotation.get("area")
             area = float("nan") if area is None else float(area)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            rule = "annotation without image_id, category_id or a bbox of four numbers"
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            rule = "annotation without a number as image_id, category_id or area, or without a bbox of four numbers"
             findings.append(Finding("error", file, f"annotation {str(annotation)[:80]}", rule, "complete or delete it"))
             continue
         if picture not in position:

@@ -114,7 +114,11 @@ class DetectionSet:
     findings: tuple[Finding, ...]
 
     def refuse_errors(self) -> None:
-        """Raise a UserError that lists the first findings of severity "error", if there are any."""
+        """Refuse a set that cannot be used.
+
+        Raises:
+            UserError: There are findings of severity "error" (the message lists the first), or no picture.
+        """
         errors = [finding for finding in self.findings if finding.severity == "error"]
         if errors:
             first = "\n".join(f"  {f.file} {f.where}: {f.rule}; {f.fix}" for f in errors[:5])
@@ -122,6 +126,8 @@ class DetectionSet:
                 f"{self.root} ({self.split}) has {len(errors)} errors, the first:\n{first}\n"
                 f"`vssm detect check {self.root}` lists all of them"
             )
+        if not self.records:
+            raise UserError(f"{self.root} has no pictures in its split {self.split!r}")
 
 
 @dataclass(frozen=True)
@@ -246,6 +252,21 @@ def fill_sizes(pictures: Iterable[Picture], root: Path) -> tuple[list[Picture], 
     findings = [item for item in filled if isinstance(item, Finding)]
     kept = [old if isinstance(new, Finding) else new for old, new in zip(pictures, filled, strict=True)]
     return kept, findings
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list of pictures that hold something, without the space around them.
+
+    Raises:
+        UserError: The file cannot be read, or is no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def relative(path: Path, root: Path) -> str:

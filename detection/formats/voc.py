@@ -6,6 +6,7 @@ continuous edges are xmin - 1, ymin - 1, xmax, ymax.
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from detection.formats.common import (
     box_table,
     build_records,
     fill_sizes,
+    read_lines,
     relative,
     unknown_class,
 )
@@ -135,8 +137,7 @@ def _listed(year: Path, split: str) -> list[Path]:
     path = year / "ImageSets/Main" / f"{split}.txt"
     if not path.is_file():
         return []
-    stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [year / "Annotations" / f"{stem}.xml" for stem in stems]
+    return [year / "Annotations" / f"{line.split()[0]}.xml" for line in read_lines(path)]
 
 
 def _side_by_side(root: Path, split: str) -> list[Path]:
@@ -157,9 +158,9 @@ def _parse(xml: Path) -> _Annotation:
     except (OSError, ET.ParseError, ValueError) as error:
         return _Annotation(xml, "", 0, 0, None, f"broken xml: {error}")
     size = tree.find("size")
-    width, height = (_number(size, key) for key in ("width", "height"))
+    width, height = (_side(size, key) for key in ("width", "height"))
     objects = tuple(_parse_object(element) for element in tree.findall("object"))
-    return _Annotation(xml, (tree.findtext("filename") or "").strip(), int(width or 0), int(height or 0), objects)
+    return _Annotation(xml, (tree.findtext("filename") or "").strip(), width, height, objects)
 
 
 def _parse_object(element: ET.Element) -> _Object:
@@ -180,6 +181,12 @@ def _number(parent: ET.Element | None, key: str) -> float | None:
         return float(parent.findtext(key, "")) if parent is not None else None
     except ValueError:
         return None
+
+
+def _side(size: ET.Element | None, key: str) -> int:
+    """A side of the picture in pixels; 0, so that the picture itself is asked, where none is written."""
+    value = _number(size, key)
+    return int(value) if value is not None and math.isfinite(value) else 0
 
 
 def _class_names(root: Path, annotations: Iterable[_Annotation]) -> tuple[str, ...]:

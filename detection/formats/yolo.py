@@ -16,6 +16,7 @@ from detection.formats.common import (
     box_table,
     build_records,
     fill_sizes,
+    read_lines,
     relative,
     unknown_class,
 )
@@ -106,17 +107,20 @@ def _parse_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no readable yaml: {error}") from error
+        raise UserError(f"{path} is no readable yaml: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
 
 
 def _names(path: Path) -> tuple[str, ...]:
     names = _parse_yaml(path).get("names")
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[label] for label in range(len(names))]
     if not isinstance(names, list) or not names:
         raise UserError(f"{path}: `names` must be a list of class names or number: name from 0, it is {names!r}")
-    return tuple(str(name) for name in names)
+    names = tuple(str(name) for name in names)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: `names` has more than one class called {', '.join(twice)}; give each its own name")
+    return names
 
 
 def _pictures_of(path: Path, content: dict, entry: str) -> list[Path]:
@@ -129,8 +133,7 @@ def _pictures_of(path: Path, content: dict, entry: str) -> list[Path]:
     if source is None:
         raise UserError(f"{path} names {entry!r}, which is not there; looked for {', '.join(map(str, tried[::2]))}")
     if source.is_file():
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [_beside(source, line) for line in lines]
+        return [_beside(source, line) for line in read_lines(source)]
     return sorted(file for file in source.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
 

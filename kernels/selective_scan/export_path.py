@@ -1,12 +1,12 @@
 """The selective scan in standard operators, for `torch.export` and ONNX: any batch, height, width and length.
 
-The recurrence is exact, never divided by running products: a loop (`torch.export`'s scan operator, ONNX `Scan`) walks
+The recurrence is exact, never divided by running products. An outer loop (torch's scan operator, ONNX `Scan`) walks
 blocks of T positions and carries the state. In a block, step sizes, decays and inputs of all positions are formed at
-once, T multiply-adds advance the state, and one batched product with C gives the outputs. Step sizes, decays and states
-exist for one block only, so that memory does not grow with length x states.
+once, an inner loop of one multiply-add advances the state, and one batched product with C gives the outputs. Step
+sizes, decays and states exist for one block only, so that memory does not grow with length x states.
 
 Shapes: L positions of one reading order, T of a block, S sequences, K directions, G groups, P = D / G channels of a
-group, N states, R rank of delta. A block is (S, K, G, T, ...), channels last.
+group, N states, R rank of delta. Inside a block the positions come first, (T, S, K, G, ...), channels last.
 """
 
 import math
@@ -19,24 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-_BLOCK = 16
-"""Positions of one loop step: 8 to 64 take about equal time in onnxruntime, and short blocks keep the graph small."""
+_BLOCK = 32
+"""Positions of one step of the outer loop: 32 to 128 take about equal time in onnxruntime."""
 
 _enabled = False
+_unrolled = False
 
 
 @contextmanager
-def export_mode() -> Iterator[None]:
+def export_mode(*, unrolled: bool = False) -> Iterator[None]:
     """Within this context the public scans run (and are traced) as standard operators instead of a back end.
 
     For export only: inference, no gradients. One thread at a time.
+
+    Args:
+        unrolled: write the inner loop out, which doubles the speed where torch runs the graph and makes the graph
+            large; onnxruntime is faster with the loop.
     """
-    global _enabled
-    before, _enabled = _enabled, True
+    global _enabled, _unrolled
+    before = _enabled, _unrolled
+    _enabled, _unrolled = True, unrolled
     try:
         yield
     finally:
-        _enabled = before
+        _enabled, _unrolled = before
 
 
 def active() -> bool:
@@ -47,9 +53,9 @@ def active() -> bool:
 class _Constants(NamedTuple):
     """What is the same at all positions."""
 
-    A: Tensor  # (S, K, G, 1, N, P)
+    A: Tensor  # (K, G, N, P)
     weight: Tensor | None  # (S, K, G, R, P)
-    bias: Tensor | None  # (S, K, G, 1, P)
+    bias: Tensor | None  # (K, G, 1, P)
     softplus: bool
 
 
@@ -92,9 +98,9 @@ def selective_scan_export(
         return t.flip(1) if reverse else t
 
     ordered = [read(t) for t in (u, delta, B, C)]
-    parameters = [None if t is None else t[None] for t in (A, delta_weight, delta_bias)]
-    constants = _constants(*parameters, ordered[2], softplus, acc)
-    y, final = _recurrence([_sequences(*ordered, constants, acc)], constants, initial_state)
+    weight, bias = (None if t is None else t[None] for t in (delta_weight, delta_bias))
+    constants = _constants(A[None], weight, bias, ordered[2], softplus, acc)
+    y, final = _recurrence([_sequences(ordered, constants, acc)], constants, initial_state)
     y = _join(y[:, :, 0], length)
     y = (y.flip(1) if reverse else y).reshape(*batch, length, u.shape[-1]).movedim(last, dim)
     if D is not None:
@@ -128,8 +134,8 @@ def selective_scan_2d_export(
     constants = _constants(A, delta_weight, delta_bias, B, softplus, acc)
     inputs = []
     for k, name in enumerate(directions):
-        ordered = (_read(t, name) for t in (x, delta[:, :, :, k], B[:, :, :, k], C[:, :, :, k]))
-        inputs.append(_sequences(*ordered, constants, acc))
+        ordered = [_read(t, name) for t in (x, delta[:, :, :, k], B[:, :, :, k], C[:, :, :, k])]
+        inputs.append(_sequences(ordered, constants, acc))
     y, final = _recurrence(inputs, constants, initial_state)
     maps = [_write(_join(y[:, :, k], x.shape[1] * x.shape[2]), name, x) for k, name in enumerate(directions)]
     if merge == "sum":
@@ -170,32 +176,26 @@ def _write(y: Tensor, direction: str, x: Tensor) -> Tensor:
 def _constants(
     A: Tensor, weight: Tensor | None, bias: Tensor | None, B: Tensor, softplus: bool, dtype: torch.dtype
 ) -> _Constants:
-    """From A (K, D, N), delta_weight (K, D, R), delta_bias (K, D) and B (S, ..., G, N).
-
-    Repeated for the S sequences: the loop's tracer keeps the sizes of a tensor exactly only if one of them is traced,
-    and `@` would repeat the weight in every block.
-    """
+    """From A (K, D, N), delta_weight (K, D, R), delta_bias (K, D) and B (S, ..., G, N)."""
 
     def grouped(t: Tensor) -> Tensor:
         return t.to(dtype).reshape(t.shape[0], B.shape[-2], -1, *t.shape[2:])
 
-    def repeated(t: Tensor) -> Tensor:
-        return _copied(t.expand(sequences, *t.shape))
-
-    sequences = B.shape[0]
     return _Constants(
-        A=repeated(grouped(A).transpose(2, 3).unsqueeze(2)),
-        weight=None if weight is None else repeated(grouped(weight).transpose(2, 3)),
-        bias=None if bias is None else repeated(grouped(bias).unsqueeze(2)),
+        A=_copied(grouped(A).transpose(2, 3)),
+        # For each sequence: `@` would repeat it in every block, by a rule that asks for the sizes.
+        weight=None if weight is None else _copied(grouped(weight).transpose(2, 3).expand(B.shape[0], -1, -1, -1, -1)),
+        bias=None if bias is None else _copied(grouped(bias).unsqueeze(2)),
         softplus=softplus,
     )
 
 
-def _sequences(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, constants: _Constants, dtype: torch.dtype) -> _Sequences:
+def _sequences(ordered: Sequence[Tensor], constants: _Constants, dtype: torch.dtype) -> _Sequences:
     """From u (S, L, D), delta (S, L, D | R) and B, C (S, L, G, N)."""
+    u, delta, B, C = (t.to(dtype) for t in ordered)
     shape = (*B.shape[:3], constants.A.shape[-1])
     delta = delta.reshape(shape) if constants.weight is None else delta.unsqueeze(2).expand(-1, -1, shape[2], -1)
-    return _Sequences(u.reshape(shape).to(dtype), delta.to(dtype), B.to(dtype), C.to(dtype))
+    return _Sequences(u.reshape(shape), delta, B, C)
 
 
 def _cut(t: Tensor) -> Tensor:
@@ -216,18 +216,22 @@ def _join(y: Tensor, length: int) -> Tensor:
     return _copied(y.flatten(3, 4).flatten(1, 2).narrow(1, 0, length))
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) as max(x, 0) + log1p(z), z = e^-|x|, with log1p(z) = 2 atanh(z / (2 + z)) as a series.
+_LOG1P = (0.0005499566077, 0.00218477795, 0.01250768601, 0.08333290205, 1.000000004)
+"""Coefficients of log1p(z) / t, t = z / (1 + z / 2), in powers of t^2, highest first: 2 artanh(t / 2) / t
+interpolated at the Chebyshev points of 0 <= t^2 <= 4/9 (0 <= z <= 1), exact to 4e-9."""
 
-    Exact to 2e-8 of its value for small step sizes as well, where log(1 + z) is not, and five times as fast in
-    onnxruntime as its Softplus.
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) as max(x, 0) + log1p(e^-|x|).
+
+    Unlike log(1 + z) exact for small step sizes too, and five times as fast in onnxruntime as its Softplus.
     """
     z = torch.exp(-x.abs())
-    t = z / (z + 2)
+    t = z / (1 + 0.5 * z)
     square = t * t
-    series = 2 / 13 * square + 2 / 11
-    for odd in (9, 7, 5, 3, 1):
-        series = series * square + 2 / odd
+    series = square * _LOG1P[0] + _LOG1P[1]
+    for coefficient in _LOG1P[2:]:
+        series = series * square + coefficient
     return x.relu() + t * series
 
 
@@ -238,6 +242,23 @@ def _step_sizes(delta: Tensor, weight: Tensor | None, bias: Tensor | None, softp
     if not softplus:
         return dt
     return F.softplus(dt) if dt.dtype == torch.float64 else _softplus(dt)
+
+
+def _advance(h: Tensor, decays: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """h <- decay * h + gain for T positions: the last state (S, K, G, N, P) and all states (T, S, K, G, N, P)."""
+    if _unrolled:
+        history = []
+        for decay, gain in zip(decays.unbind(), gains.unbind(), strict=True):
+            h = decay * h + gain
+            history.append(h)
+        return h, torch.stack(history)
+
+    def step(h: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        decay, gain = position
+        h = decay * h + gain
+        return h, h.clone()  # results of a loop must not share memory
+
+    return scan(step, h, (decays, gains))
 
 
 def _recurrence(inputs: Sequence[_Sequences], constants: _Constants, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -252,27 +273,28 @@ def _recurrence(inputs: Sequence[_Sequences], constants: _Constants, state: Tens
         y (blocks, S, K, G, T, P), and the state after the last position (S, K, D, N).
     """
     u, delta, B, C = (torch.stack([_cut(t) for t in parts], dim=2) for parts in zip(*inputs, strict=True))
+    u, B, C = (_copied(t.movedim(4, 1)) for t in (u, B, C))
     A, weight, bias, softplus = constants
-    sequences, directions, groups, _, states, channels = A.shape
+    sequences, directions, groups, states, channels = delta.shape[1], *A.shape[:2], *A.shape[2:]
     if state is None:
-        start = torch.zeros_like(A)
+        start = u.new_zeros(sequences, *A.shape)
     else:
-        start = state.to(A.dtype).reshape(sequences, directions, groups, 1, channels, states)
-        start = _copied(start.transpose(4, 5))
+        start = state.to(A.dtype).reshape(sequences, directions, groups, channels, states)
+        start = _copied(start.transpose(3, 4))
     length = inputs[0].u.shape[1]
     positions = torch.arange(u.shape[0] * _BLOCK, device=u.device).reshape(-1, 1, 1, 1, _BLOCK, 1)
-    live = (positions < length).to(u.dtype)
+    live = (positions < length).to(u.dtype)  # step size 0 after the end keeps the final state
 
     def advance(h: Tensor, block: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         u, delta, B, C, live = block
         dt = _step_sizes(delta, weight, bias, softplus) * live
-        decays = torch.exp(dt.unsqueeze(-2) * A)
-        gains = B.unsqueeze(-1) * (dt * u).unsqueeze(-2)
-        history = []
-        for decay, gain in zip(decays.split(1, dim=3), gains.split(1, dim=3), strict=True):
-            h = decay * h + gain
-            history.append(h)
-        return h, (C.unsqueeze(-2) @ torch.cat(history, dim=3)).squeeze(-2)
+        dt = dt.movedim(3, 0).unsqueeze(-2)  # (T, S, K, G, 1, P)
+        decays = torch.exp(dt * A)
+        gains = B.unsqueeze(-1) @ (dt * u.unsqueeze(-2))
+        h, history = _advance(h, decays, gains)
+        return h, (C.unsqueeze(-2) @ history).squeeze(-2)
 
-    final, y = scan(advance, start, (u, delta, B, C, live))
-    return y, _copied(final.transpose(4, 5)).reshape(sequences, directions, groups * channels, states)
+    # Sizes that are not traced are exact, above all those of 1; else the loop's tracer frees the constants' sizes.
+    with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
+        final, y = scan(advance, start, (u, delta, B, C, live))
+    return y.movedim(1, 4), _copied(final.transpose(3, 4)).reshape(sequences, directions, groups * channels, states)

@@ -297,3 +297,43 @@ def test_real_coco(shared_root: Path) -> None:
     assert [sum(len(r.boxes) for r in s.records) for s in (train, val)] == [181, 174]
     assert sum(int(r.ignore.sum()) for s in (train, val) for r in s.records) == 3
     assert train.findings == val.findings == ()
+
+
+def test_oddities_of_hand_made_coco_files_are_findings(tmp_path: Path) -> None:
+    box = {"image_id": 7, "category_id": 5, "bbox": [0, 0, 5, 5]}
+    odd = [{**box, "category_id": [5]}, {**box, "image_id": {}}, {**box, "area": "large"}]
+    dataset = load_detection_set(_coco(tmp_path / "boxes", [box, *odd]), "train")
+    assert len(dataset.records[0].boxes) == 1
+    assert len(_errors(dataset)) == 3
+    dataset = load_detection_set(_coco(tmp_path / "sizes", [], width=float("inf")), "train")
+    assert ["whole numbers for width and height" in error for error in _errors(dataset)] == [True]
+    dataset = load_detection_set(_coco(tmp_path / "names", [], file_name="a\0.jpg"), "train")
+    assert ["cannot read the picture" in error for error in _errors(dataset)] == [True]
+
+
+@pytest.mark.parametrize("width", ["nan", "inf", "-3", "wide"])
+def test_voc_size_that_is_no_size_is_read_from_the_picture(tmp_path: Path, width: str) -> None:
+    root = voc_tree(tmp_path, {"train": {"a": [("cat", 1, 1, 9, 9)]}})
+    xml = root / "Annotations/a.xml"
+    xml.write_text(xml.read_text().replace("<width>64<", f"<width>{width}<"))
+    (record,) = load_detection_set(root, "train").records
+    assert (record.width, record.height) == (64, 48)
+
+
+def test_lists_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    voc = voc_tree(tmp_path / "voc", {"train": {"a": [("cat", 1, 1, 9, 9)]}})
+    (voc / "ImageSets/Main/train.txt").write_bytes("\u00fc".encode("latin-1"))
+    yolo = yolo_tree(tmp_path / "yolo", {"train": {"a": ""}})
+    (yolo / "data.yaml").write_text("train: list.txt\nnames: [cat]\n")
+    (yolo / "list.txt").write_bytes(b"\xff\xfe")
+    for root in (voc, yolo):
+        with pytest.raises(UserError, match="UTF-8"):
+            load_detection_set(root, "train")
+
+
+@pytest.mark.parametrize(("names", "rule"), [("{0: a, b: c}", "must be a list"), ("[a, b, a]", "called a")])
+def test_yolo_names_that_are_no_list_of_classes(tmp_path: Path, names: str, rule: str) -> None:
+    root = yolo_tree(tmp_path, {"train": {"a": ""}})
+    (root / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+    with pytest.raises(UserError, match=rule):
+        load_detection_set(root, "train")

@@ -90,7 +90,7 @@ def test_wrong_weights_are_explained(tmp_path: Path) -> None:
     cases = {
         "for the task 'restore'": good | {"task": "restore"},
         "names 3 classes, the network has 2": good | {"names": ["a", "b", "c"]},
-        "do not fit": good | {"model": model.config | {"num_classes": 3}, "names": ["a", "b", "c"]},
+        "belong to another model": good | {"model": model.config | {"num_classes": 3}, "names": ["a", "b", "c"]},
     }
     for k, (message, config) in enumerate(cases.items()):
         save_checkpoint(tmp_path / str(k), model.state_dict(), config)

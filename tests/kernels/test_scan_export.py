@@ -13,9 +13,9 @@ ALL = {**{f"1d_{k}": v for k, v in CASES_1D.items()}, **{f"2d_{k}": v for k, v i
 
 
 @torch.no_grad()
-def compare(case, dtype):
+def compare(case, dtype, *, unrolled=False):
     inputs = case.inputs(dtype)
-    with export_mode():
+    with export_mode(unrolled=unrolled):
         got = case.function("auto")(*inputs)
     want = case.function("reference")(*widened(inputs))
     for name, g, w in zip(("y", "final_state"), got, want, strict=True):
@@ -35,10 +35,21 @@ def test_other_dtypes(dtype):
     compare(CASES_2D["odd"], dtype)
 
 
+@pytest.mark.parametrize("case", [CASES_1D["reversed_grouped"], CASES_2D["odd"]], ids=["1d", "2d"])
+def test_unrolled_matches_reference(case):
+    torch._dynamo.reset()
+    compare(case, torch.float32, unrolled=True)
+
+
 def test_mode_ends_even_after_an_error():
-    with pytest.raises(KeyError), export_mode():
-        assert active()
-        raise KeyError
+    def fail():
+        with export_mode():
+            assert active()
+            raise KeyError
+
+    assert not active()
+    with pytest.raises(KeyError):
+        fail()
     assert not active()
 
 
@@ -95,12 +106,11 @@ def test_traced_image_has_free_sizes(traced_image):
 
 def test_traced_graph_holds_standard_operators_only(traced_image):
     _, program = traced_image
-    graphs = [program.graph, *(m.graph for m in program.graph_module.children() if hasattr(m, "graph"))]
-    namespaces = {
-        node.target.namespace for graph in graphs for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)
-    }  # fmt: skip
-    assert namespaces == {"aten"}
-    assert len(graphs) == 2  # the loop's body: the length is not unrolled
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert len(graphs) == 3  # two loops
+    targets = [node.target for graph in graphs for node in graph.nodes]
+    assert {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)} == {"aten"}
+    assert torch.ops.higher_order.scan in targets
 
 
 def test_onnx_matches_torch_at_other_sizes(traced_image, tmp_path):

@@ -1,0 +1,97 @@
+"""The benchmark: what it measures, what it prints and writes, what a row that fails costs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from detection import bench
+from detection.bench import ConvolutionalDetector, Task, measure, measure_alone, run_bench
+from detection.head import decode
+from detection.model import MambaYOLO
+from detection.summary import summarize
+from vision_ssm.errors import UserError
+
+TASK = Task("mamba", "t", 3, None, 64, 1, "cpu", "fp32", None)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(bench, "_RUNS", (3, 3))
+
+
+def test_a_row_holds_the_models_own_numbers():
+    row = measure(TASK)
+    model = MambaYOLO("t", 3)
+    assert row.parameters == sum(p.numel() for p in model.parameters())
+    assert row.flops == summarize(model, 64).flops
+    assert row.runs == 3
+    assert row.quartiles[0] <= row.median <= row.quartiles[1]
+    assert row.problem is None
+
+
+@pytest.mark.parametrize("size", ["t", "b", "l"])
+def test_the_convolutional_detector_has_about_as_many_parameters(size):
+    with torch.device("meta"):
+        ours, theirs = MambaYOLO(size), ConvolutionalDetector(size)
+    ratio = sum(p.numel() for p in theirs.parameters()) / sum(p.numel() for p in ours.parameters())
+    assert 0.9 < ratio < 1.1
+
+
+def test_the_convolutional_detector_gives_the_same_anchors():
+    images = torch.zeros(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, theirs = MambaYOLO("t", 3).eval()(images), ConvolutionalDetector("t", 3).eval()(images)
+    assert [tuple(level.shape) for level in theirs] == [tuple(level.shape) for level in ours]
+    assert decode(theirs).shape == (1, 7, 8 * 12 + 4 * 6 + 2 * 3)
+
+
+def test_flops_of_the_convolutional_detector_grow_with_the_area():
+    small = measure(replace(TASK, model="convolutional"))
+    large = measure(replace(TASK, model="convolutional", resolution=128))
+    assert small.flops > 0
+    assert large.flops == pytest.approx(4 * small.flops, rel=0.01)
+
+
+def test_bfloat16_is_measured():
+    assert measure(replace(TASK, precision="bf16")).median > 0
+
+
+def test_table_json_and_plot(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "measure_alone", measure)
+    assert run_bench(resolutions=[32, 64], device="cpu", output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "Mamba-YOLO-T" in printed
+    assert "resnet10t" in printed
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [(row["resolution"], row["model"].split()[0]) for row in rows] == [
+        (32, "Mamba-YOLO-T"), (32, "convolutional"), (64, "Mamba-YOLO-T"), (64, "convolutional"),
+    ]  # fmt: skip
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_of_its_own_and_its_memory():
+    row = measure_alone(replace(TASK, resolution=32))
+    assert row.problem is None
+    assert row.memory is None or 50_000_000 < row.memory < 4_000_000_000
+
+
+def test_a_row_that_cannot_be_measured_is_told(tmp_path):
+    row = measure_alone(replace(TASK, weights=str(tmp_path / "nothing")))
+    assert row.problem is not None
+    assert "nothing" in row.problem
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"resolutions": [100]}, "multiples of 32"),
+        ({"size": "x"}, "sizes t, b, l"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"threads": 0}, "at least 1"),
+    ],
+)
+def test_bad_arguments(options, said):
+    with pytest.raises(UserError, match=said):
+        run_bench(**options)
