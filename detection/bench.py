@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detection.exported import peak_memory
 from detection.head import STRIDES, DetectionHead
+from detection.loss import DetectionLoss
 from detection.model import SCALES, MambaYOLO, SizeName
 from detection.predict import choose_device
-from detection.pretrained import load_model
+from detection.pretrained import load_model, resolve_weights
 from detection.summary import COUNTING, summarize
 from vision_ssm.errors import UserError
 from vision_ssm.files import write_text
@@ -79,6 +80,7 @@ class Task:
     device: str
     precision: Precision
     threads: int | None
+    train: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def run_bench(
     device: str = "auto",
     precision: Precision = "fp32",
     threads: int | None = None,
+    train: bool = False,
     output: str | Path | None = None,
 ) -> int:
     """Measure Mamba-YOLO and a convolutional detector, print a table, write `bench.json` and a plot.
@@ -122,6 +125,8 @@ def run_bench(
         device: auto, cpu, cuda, ...
         precision: fp32, or bf16 by autocast.
         threads: threads of the CPU; by default torch's choice.
+        train: measure training steps (forward, loss, backward, optimiser) instead of inference; FLOPs stay those of
+            the forward pass.
         output: folder for bench.json and bench.png.
 
     Returns:
@@ -137,16 +142,22 @@ def run_bench(
         config = load_model(weights)[0].config
         size, num_classes = config["size"], config["num_classes"]
     rows = []
-    print(_heading(place, precision, batch_size, threads))
+    print(_heading(place, precision, batch_size, threads, train))
     for resolution in resolutions:
         for model in ("mamba", "convolutional"):
-            path = None if weights is None or model == "convolutional" else str(Path(weights).resolve())
-            task = Task(model, size, num_classes, path, resolution, batch_size, place, precision, threads)
+            path = None if weights is None or model == "convolutional" else str(resolve_weights(weights).resolve())
+            task = Task(model, size, num_classes, path, resolution, batch_size, place, precision, threads, train)
             rows.append(measure_alone(task))
             print(_line(rows[-1], batch_size), flush=True)
     print(COUNTING)
     if output is not None:
-        facts = {"device": _device_name(place), "precision": precision, "batch_size": batch_size, "threads": threads}
+        facts = {
+            "device": _device_name(place),
+            "precision": precision,
+            "batch_size": batch_size,
+            "threads": threads,
+            "train": train,
+        }
         facts |= {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
         write_text(Path(output) / "bench.json", json.dumps(facts, indent=2) + "\n")
         _plot(rows, Path(output) / "bench.png")
@@ -184,16 +195,10 @@ def measure(task: Task) -> Row:
         torch.set_num_threads(task.threads)
     device = torch.device(task.device)
     model, flops = _build(task)
-    model = model.to(device).eval()
+    model = model.to(device).to(memory_format=torch.channels_last)
     images = torch.rand(task.batch_size, 3, task.resolution, task.resolution, device=device)
-    half = torch.autocast(device.type, torch.bfloat16) if task.precision == "bf16" else nullcontext()
-
-    def once() -> None:
-        model(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    with torch.inference_mode(), half:
+    once = _training_step(model, task, images) if task.train else _inference(model, task, images)
+    with nullcontext() if task.train else torch.inference_mode():
         first = _timed(once)
         once()
         times: list[float] = []
@@ -204,6 +209,50 @@ def measure(task: Task) -> Row:
     name = _NAMES[task.model].format(getattr(model, "name", task.size.upper()))
     parameters = sum(p.numel() for p in model.parameters())
     return Row(name, task.resolution, parameters, flops, first, median, (low, high), len(times), memory)
+
+
+def _autocast(task: Task, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bf16")
+
+
+def _inference(model: nn.Module, task: Task, images: Tensor) -> Callable[[], None]:
+    model.eval()
+
+    def once() -> None:
+        with _autocast(task, images.device):
+            model(images)
+        _wait(images.device)
+
+    return once
+
+
+def _training_step(model: nn.Module, task: Task, images: Tensor) -> Callable[[], None]:
+    """One step of SGD on random boxes, ten in each picture."""
+    model.train()
+    device, count = images.device, 10 * len(images)
+    criterion = DetectionLoss(task.num_classes)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, nesterov=True)
+    targets = {
+        "batch_index": torch.arange(len(images), device=device).repeat_interleave(10),
+        "labels": torch.randint(task.num_classes, (count,), device=device),
+        "boxes": 0.25 + 0.5 * torch.rand(count, 4, device=device),
+    }
+
+    def once() -> None:
+        with _autocast(task, device):
+            raw = model(images)
+        criterion(raw, targets)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(device)
+
+    return once
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _build(task: Task) -> tuple[nn.Module, int]:
@@ -227,10 +276,11 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def _heading(device: str, precision: str, batch_size: int, threads: int | None) -> str:
+def _heading(device: str, precision: str, batch_size: int, threads: int | None, train: bool) -> str:
     cpu = f", {threads or torch.get_num_threads()} threads" if device == "cpu" else ""
+    measured = "training steps" if train else "network without NMS"
     return (
-        f"{_device_name(device)}{cpu}, {precision}, batch {batch_size}; network without NMS\n"
+        f"{_device_name(device)}{cpu}, {precision}, batch {batch_size}; {measured}\n"
         f"{'model':<28}{'pixels':>7}{'params M':>10}{'GFLOPs':>9}{'first ms':>10}{'median ms':>11}"
         f"{'quartiles ms':>18}{'images/s':>10}{'memory MB':>11}"
     )

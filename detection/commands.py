@@ -204,6 +204,7 @@ def bench(
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     threads: int | None = None,
+    train: bool = False,
     output: Path | None = None,
 ) -> int:
     """Time, FLOPs and memory over resolutions, beside a convolutional detector.
@@ -216,13 +217,14 @@ def bench(
         device: auto, cpu or cuda.
         precision: fp32 or bf16.
         threads: Threads of the CPU; by default torch's choice.
+        train: Measure training steps instead of inference.
         output: Folder for bench.json and a plot.
     """
     from detection.bench import run_bench
 
     return run_bench(
         size=size, weights=weights, resolutions=resolutions, batch_size=batch_size, device=device,
-        precision=precision, threads=threads, output=output,
+        precision=precision, threads=threads, train=train, output=output,
     )  # fmt: skip
 
 

@@ -54,6 +54,17 @@ def test_flops_of_the_convolutional_detector_grow_with_the_area():
     assert large.flops == pytest.approx(4 * small.flops, rel=0.01)
 
 
+def test_a_training_step_is_measured():
+    trained, run = measure(replace(TASK, train=True, batch_size=2)), measure(replace(TASK, batch_size=2))
+    assert trained.flops == run.flops
+    assert trained.median > run.median
+
+
+def test_shipped_weights_are_named(capsys):
+    assert run_bench(weights="mamba_yolo_t_trees", resolutions=[64], device="cpu") == 0
+    assert "Mamba-YOLO-T" in capsys.readouterr().out
+
+
 def test_bfloat16_is_measured():
     assert measure(replace(TASK, precision="bf16")).median > 0
 

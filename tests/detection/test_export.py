@@ -170,7 +170,6 @@ def test_mamba_yolo_as_pt2(mamba_yolo, tmp_path, pictures, monkeypatch):
     agrees_at_all_shapes(path, model)
 
 
-@pytest.mark.slow
 @needs_onnx
 def test_mamba_yolo_as_onnx(mamba_yolo, tmp_path, monkeypatch):
     model, folder = mamba_yolo
