@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from detection.loss import DetectionLoss
     from detection.model import MambaYOLO
     from detection.predict import Detector
+    from detection.predict_options import PredictOptions
     from detection.summary import summarize
 
 __all__ = [
     "DetectionLoss",
     "Detector",
     "MambaYOLO",
+    "PredictOptions",
     "config_from_state_dict",
     "decode",
     "from_official",
@@ -25,6 +27,7 @@ _HOMES = {
     "DetectionLoss": "detection.loss",
     "Detector": "detection.predict",
     "MambaYOLO": "detection.model",
+    "PredictOptions": "detection.predict_options",
     "config_from_state_dict": "detection.convert",
     "decode": "detection.head",
     "from_official": "detection.convert",

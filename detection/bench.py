@@ -28,7 +28,7 @@ from detection.predict import choose_device
 from detection.pretrained import load_model, resolve_weights
 from detection.summary import COUNTING, summarize
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_writable, write_text
 
 Precision = Literal["fp32", "bf16"]
 
@@ -141,6 +141,8 @@ def run_bench(
     if weights is not None:
         config = load_model(weights)[0].config
         size, num_classes = config["size"], config["num_classes"]
+    if output is not None:
+        check_writable(Path(output))
     rows = []
     print(_heading(place, precision, batch_size, threads, train))
     for resolution in resolutions:
@@ -278,11 +280,11 @@ def _device_name(device: str) -> str:
 
 def _heading(device: str, precision: str, batch_size: int, threads: int | None, train: bool) -> str:
     cpu = f", {threads or torch.get_num_threads()} threads" if device == "cpu" else ""
-    measured = "training steps" if train else "network without NMS"
+    measured, time = ("training steps", "ms/step") if train else ("network without NMS", "median ms")
     return (
         f"{_device_name(device)}{cpu}, {precision}, batch {batch_size}; {measured}\n"
-        f"{'model':<28}{'pixels':>7}{'params M':>10}{'GFLOPs':>9}{'first ms':>10}{'median ms':>11}"
-        f"{'quartiles ms':>18}{'images/s':>10}{'memory MB':>11}"
+        f"{'model':<28}{'pixels':>7}{'params M':>10}{'GFLOPs':>9}{'first ms':>10}{time:>11}"
+        f"{'quartiles ms':>18}{'images/s':>10}{'peak MB':>11}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def check(root: str | Path, *, names: Sequence[str] | None = None, progress: boo
         findings += dataset.findings
         new = [record for record in dataset.records if record.path not in seen]
         findings += _overlaps(dataset, seen)
-        findings += _look_at_pictures(new, root, progress)
+        findings += _of_each(_look_at, new, root, progress)
         seen.update({record.path: split for record in new})
     return CheckReport(root, detect_format(root), known_names, tuple(counts), _in_order(findings))
 
@@ -163,22 +163,42 @@ def _overlaps(dataset: DetectionSet, seen: dict[Path, str]) -> list[Finding]:
     ]
 
 
-def _look_at_pictures(records: Sequence[ImageRecord], root: Path, progress: bool) -> list[Finding]:
+def unreadable_pictures(dataset: DetectionSet, *, progress: bool = False) -> list[Finding]:
+    """Decode every picture of a split: an error for each that is damaged, or not of the size that its annotation says.
+
+    Args:
+        dataset: The split.
+        progress: Show a progress bar (never where the output is not a terminal).
+    """
+    return _of_each(_decoded, dataset.records, dataset.root, progress)
+
+
+def _of_each(
+    findings: Callable[[ImageRecord, Path], list[Finding]], records: Sequence[ImageRecord], root: Path, progress: bool
+) -> list[Finding]:
+    """The findings about all records, several at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda record: _look_at(record, root), records)
+        results = pool.map(lambda record: findings(record, root), records)
         bar = tqdm(results, total=len(records), desc="pictures", leave=False, disable=None if progress else True)
         return [finding for found in bar for finding in found]
 
 
-def _look_at(record: ImageRecord, root: Path) -> list[Finding]:
-    """Findings about one picture, which is decoded."""
-    file = relative(record.path, root)
+def _decoded(record: ImageRecord, root: Path) -> list[Finding]:
+    """Nothing, or why a picture cannot be used."""
     try:
         record.read()
-        header = read_header(record.path)
     except UserError as error:
-        return [Finding("error", file, "", str(error), "put a good picture there or take it out of the split")]
-    findings = []
+        fix = "put a good picture there or take it out of the split"
+        return [Finding("error", relative(record.path, root), "", str(error), fix)]
+    return []
+
+
+def _look_at(record: ImageRecord, root: Path) -> list[Finding]:
+    """Findings about one picture, which is decoded."""
+    file, findings = relative(record.path, root), _decoded(record, root)
+    if findings:
+        return findings
+    header = read_header(record.path)
     if not len(record.labels):
         findings.append(Finding("note", file, "", "picture without boxes", "nothing to do if nothing is on it"))
     if header.is_grey:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from detection.config import DetectConfig
+from detection.predict_options import PredictOptions
 
 Saved = Literal["pictures", "json", "txt"]
 
@@ -74,13 +75,13 @@ def predict(
     weights: Path,
     output: Path = Path("runs/predict"),
     save: list[Saved] = ["pictures", "json"],  # noqa: B006 (a default for the command line, never changed)
-    conf: float = 0.25,
-    iou: float = 0.7,
-    image_size: int | None = None,
-    batch_size: int = 8,
-    max_det: int = 300,
-    tile: int | None = None,
-    overlap: float = 0.25,
+    conf: float = PredictOptions.conf,
+    iou: float = PredictOptions.iou,
+    image_size: int | None = PredictOptions.image_size,
+    batch_size: int = PredictOptions.batch_size,
+    max_det: int = PredictOptions.max_det,
+    tile: int | None = PredictOptions.tile,
+    overlap: float = PredictOptions.overlap,
     device: str = "auto",
 ) -> int:
     """Find objects in pictures, folders, glob patterns and videos.
@@ -99,12 +100,11 @@ def predict(
         overlap: Share of a tile's side that neighbours have in common.
         device: auto, cpu, cuda or mps.
     """
+    # before the import, which takes seconds: a number out of range is told at once
+    options = PredictOptions(conf, iou, image_size, batch_size, max_det, tile, overlap)
     from detection.outputs import run_predict
 
-    return run_predict(
-        source, weights=weights, output=output, save=save, conf=conf, iou=iou, image_size=image_size,
-        batch_size=batch_size, max_det=max_det, tile=tile, overlap=overlap, device=device,
-    )  # fmt: skip
+    return run_predict(source, weights=weights, output=output, save=save, options=options, device=device)
 
 
 def check(path: Path, *, strict: bool = False) -> int:

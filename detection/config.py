@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from detection.data_config import DataConfig
+from vision_ssm.errors import UserError
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
@@ -45,4 +46,11 @@ class DetectConfig:
     weights: Path | None = None
     """Start from these weights (a checkpoint folder, .safetensors or foreign .pt): taken by name and shape."""
     freeze: Literal["none", "backbone", "all_but_head"] = "none"
-    """Part of the network that keeps the values it starts with, for fine-tuning on few pictures."""
+    """Part of the network that keeps the values it starts with, for fine-tuning on few pictures; needs weights."""
+
+    def __post_init__(self) -> None:
+        if self.freeze != "none" and self.weights is None:
+            raise UserError(
+                f"freeze {self.freeze} without weights would keep random values that nothing ever trains: name the "
+                "weights to start from (--weights), or leave --freeze out"
+            )

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from detection.predict import Detector
+from detection.predict_options import PredictOptions
 from detection.prediction import Prediction
 from detection.sources import is_video, media_files
 from vision_ssm.data.video import video_info, video_writer
@@ -32,13 +33,7 @@ def run_predict(
     weights: str | Path,
     output: str | Path,
     save: Sequence[str] = ("pictures", "json"),
-    conf: float = 0.25,
-    iou: float = 0.7,
-    image_size: int | None = None,
-    batch_size: int = 8,
-    max_det: int = 300,
-    tile: int | None = None,
-    overlap: float = 0.25,
+    options: PredictOptions | None = None,
     device: str = "auto",
 ) -> int:
     """Predict on files and write the results.
@@ -52,7 +47,7 @@ def run_predict(
         weights: checkpoint folder.
         output: folder to write to.
         save: any of "pictures", "json", "txt".
-        conf: and the options that follow: see `Detector.predict`.
+        options: how to look; the usual ones if not given.
         device: "auto", "cpu", "cuda", ...
 
     Returns:
@@ -68,17 +63,7 @@ def run_predict(
     _check_output(output, files, save)
     detector = Detector.from_pretrained(weights, device)
     failed: list[UserError] = []
-    stream = detector.stream(
-        list(files),
-        conf=conf,
-        iou=iou,
-        image_size=image_size,
-        batch_size=batch_size,
-        max_det=max_det,
-        tile=tile,
-        overlap=overlap,
-        on_error=failed.append,
-    )
+    stream = detector.stream(list(files), options, on_error=failed.append)
     tally = _Tally()
     results: list[dict[str, Any]] = []
     with tqdm(stream, desc="predict", unit="img", leave=False, disable=None) as bar:

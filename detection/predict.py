@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detection.head import decode
 from detection.letterbox import letterbox
 from detection.postprocess import postprocess, to_native
+from detection.predict_options import PredictOptions
 from detection.prediction import Prediction
 from detection.pretrained import load_model
 from detection.sources import Frame, OnError, Source, read_source
@@ -22,31 +23,6 @@ from detection.tiles import merge_tiles, tile_boxes
 from vision_ssm.errors import UserError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Options:
-    conf: float
-    iou: float
-    image_size: int
-    batch_size: int
-    max_det: int
-    tile: int | None
-    overlap: float
-
-    def __post_init__(self) -> None:
-        for name in ("conf", "iou"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("batch_size", "max_det"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size < 32:
-            raise UserError(f"image_size must be at least 32 pixels, got {self.image_size}")
-        if self.tile is not None and self.tile < 32:
-            raise UserError(f"tile must be at least 32 pixels, got {self.tile}")
-        if not 0 <= self.overlap <= 0.9:
-            raise UserError(f"overlap must lie between 0 and 0.9, got {self.overlap}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,7 @@ class Detector:
         device: "auto" (CUDA, else Apple's GPU, else the CPU) or any torch device.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or `image_size` is too small.
     """
 
     def __init__(
@@ -84,6 +60,7 @@ class Detector:
         category_ids: Sequence[int] | None = None,
         device: str | torch.device = "auto",
     ) -> None:
+        PredictOptions(image_size=image_size)  # refuses what no picture can be resized to
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         self.names = tuple(names)
@@ -105,13 +82,13 @@ class Detector:
         self,
         source: Source,
         *,
-        conf: float = 0.25,
-        iou: float = 0.7,
-        image_size: int | None = None,
-        batch_size: int = 8,
-        max_det: int = 300,
-        tile: int | None = None,
-        overlap: float = 0.25,
+        conf: float = PredictOptions.conf,
+        iou: float = PredictOptions.iou,
+        image_size: int | None = PredictOptions.image_size,
+        batch_size: int = PredictOptions.batch_size,
+        max_det: int = PredictOptions.max_det,
+        tile: int | None = PredictOptions.tile,
+        overlap: float = PredictOptions.overlap,
     ) -> list[Prediction]:
         """Find objects; one result for each picture or video frame, in order.
 
@@ -120,54 +97,31 @@ class Detector:
         Args:
             source: a picture, folder (to any depth), glob pattern or video; an (H, W, 3) uint8 RGB array; a Pillow
                 picture; a (3, H, W) or (B, 3, H, W) tensor, uint8 or float in [0, 1]; a list of these.
-            conf: least score.
-            iou: of boxes of one class that overlap more than this, only the best is kept.
-            image_size: long side of the picture (or tile) that the network sees; by default that of the training.
-            batch_size: pictures (or tiles) that go through the network together, where they have the same shape.
-            max_det: most detections in a picture (or tile).
-            tile: side in pixels of square tiles, for pictures with objects that would get too small; None for whole
-                pictures. See `detection.tiles`.
-            overlap: share of a tile's side that neighbours have in common; make it at least an object wide.
+            conf: least score; this and the options that follow are explained at `PredictOptions`.
 
         Raises:
             UserError: a source that cannot be read, an option out of range, or too little GPU memory.
         """
-        found = self.stream(
-            source,
-            conf=conf,
-            iou=iou,
-            image_size=image_size,
-            batch_size=batch_size,
-            max_det=max_det,
-            tile=tile,
-            overlap=overlap,
-        )
+        options = PredictOptions(conf, iou, image_size, batch_size, max_det, tile, overlap)
+        found = self.stream(source, options)
         return [one if one.path is None else dataclasses.replace(one, pixels=None) for one in found]
 
     def stream(
-        self,
-        source: Source,
-        *,
-        conf: float = 0.25,
-        iou: float = 0.7,
-        image_size: int | None = None,
-        batch_size: int = 8,
-        max_det: int = 300,
-        tile: int | None = None,
-        overlap: float = 0.25,
-        on_error: OnError | None = None,
+        self, source: Source, options: PredictOptions | None = None, *, on_error: OnError | None = None
     ) -> Iterator[Prediction]:
         """As `predict`, one result at a time and in bounded memory; each holds the pixels of its picture.
 
         Args:
+            source: see `predict`.
+            options: the usual ones if not given.
             on_error: called for each file that cannot be read, which is then left out; without it the error is raised.
         """
-        size = self.image_size if image_size is None else image_size
-        options = _Options(conf, iou, size, batch_size, max_det, tile, overlap)
+        options = options or PredictOptions()
         # A picture in tiles fills batches by itself.
-        return self._stream(read_source(source, on_error), options, 1 if tile else batch_size)
+        together = 1 if options.tile else options.batch_size
+        return self._stream(read_source(source, on_error), options, together)
 
-    def _stream(self, frames: Iterable[Frame], options: _Options, together: int) -> Iterator[Prediction]:
+    def _stream(self, frames: Iterable[Frame], options: PredictOptions, together: int) -> Iterator[Prediction]:
         for chunk in _chunks(frames, together):
             views = [[_View(frame, box) for box in _parts(frame, options)] for frame in chunk]
             found = iter(self._detect([view for of_frame in views for view in of_frame], options))
@@ -175,7 +129,7 @@ class Detector:
                 yield self._prediction(frame, of_frame, list(islice(found, len(of_frame))), options)
 
     def _prediction(
-        self, frame: Frame, views: list[_View], found: list[dict[str, Tensor]], options: _Options
+        self, frame: Frame, views: list[_View], found: list[dict[str, Tensor]], options: PredictOptions
     ) -> Prediction:
         height, width = frame.image.shape[:2]
         whole = found[0]
@@ -184,11 +138,11 @@ class Detector:
         boxes, scores, labels = (whole[key].numpy() for key in ("boxes", "scores", "labels"))
         return Prediction(boxes, scores, labels, self.names, width, height, frame.path, frame.index, frame.image)
 
-    def _detect(self, views: list[_View], options: _Options) -> list[dict[str, Tensor]]:
+    def _detect(self, views: list[_View], options: PredictOptions) -> list[dict[str, Tensor]]:
         """Detections of each view in the pixels of its picture, on the CPU."""
         found: list[dict[str, Tensor]] = []
         for batch in _chunks(views, options.batch_size):
-            boxed = [letterbox(view.pixels(), options.image_size) for view in batch]
+            boxed = [letterbox(view.pixels(), options.image_size or self.image_size) for view in batch]
             of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
             for k, (picture, _) in enumerate(boxed):
                 of_shape[picture.shape].append(k)
@@ -200,7 +154,7 @@ class Detector:
         return found
 
     @torch.inference_mode()
-    def _forward(self, pictures: np.ndarray, options: _Options) -> list[dict[str, Tensor]]:
+    def _forward(self, pictures: np.ndarray, options: PredictOptions) -> list[dict[str, Tensor]]:
         """Detections in letterboxed pixels of (B, H, W, 3) uint8 pictures."""
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
         try:
@@ -238,7 +192,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         raise UserError(f"device {str(device)!r} cannot be used: {reason}; take auto, cpu or cuda") from error
 
 
-def _parts(frame: Frame, options: _Options) -> list[tuple[int, int, int, int]]:
+def _parts(frame: Frame, options: PredictOptions) -> list[tuple[int, int, int, int]]:
     height, width = frame.image.shape[:2]
     if options.tile is None:
         return [(0, 0, width, height)]

@@ -1,5 +1,7 @@
 """Weights of a detector from wherever they come: shipped by name, our folders, .safetensors, published .pt files."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +42,38 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: no such file, not a Mamba-YOLO, damaged.
     """
-    weights, config = load_checkpoint(resolve_weights(path))
-    if any(name.endswith("model.0.conv.0.weight") for name in weights):
-        weights = from_official(weights)
-    if config.get("task", "detect") != "detect":
-        raise UserError(f"{path} holds weights for the task {config['task']!r}, not for detection")
-    if "model" not in config:
-        config = config | {"model": config_from_state_dict(weights)}
+    resolved = resolve_weights(path)
+    try:
+        weights, config = load_checkpoint(resolved)
+        if any(name.endswith("model.0.conv.0.weight") for name in weights):
+            weights = from_official(weights)
+        if config.get("task", "detect") != "detect":
+            raise UserError(f"{path} holds weights for the task {config['task']!r}, not for detection")
+        if "model" not in config:
+            config = config | {"model": config_from_state_dict(weights)}
+    except UserError as error:
+        raise (error if str(path) in str(error) else UserError(f"{path}: {error}")) from None
     if not isinstance(config["model"], dict) or not isinstance(config["model"].get("num_classes"), int):
         raise UserError(f"{path}: config.json is damaged: its `model` lacks the whole number `num_classes`")
     config = {"names": [str(i) for i in range(config["model"]["num_classes"])], "image_size": 640, **config}
-    if not isinstance(config["names"], list) or not isinstance(config["image_size"], int):
-        raise UserError(f"{path}: config.json is damaged: `names` is a list of text, `image_size` a whole number")
+    if wrong := [key for key, holds in _EXPECTED.items() if key in config and not holds(config[key])]:
+        raise UserError(
+            f"{path}: config.json is damaged: `names` is a list of text, `image_size` a whole number from 32 up, "
+            f"`category_ids` a list of whole numbers; wrong is {wrong[0]}: {str(config[wrong[0]])[:60]}"
+        )
     return weights, {"task": "detect", **config}
+
+
+def _list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+_EXPECTED: dict[str, Callable[[Any], bool]] = {
+    "names": partial(_list_of, str),
+    "image_size": lambda value: isinstance(value, int) and value >= 32,
+    "category_ids": partial(_list_of, int),
+}
+"""What else of a checkpoint's configuration is used to predict."""
 
 
 def load_model(path: str | Path) -> tuple[MambaYOLO, dict[str, Any]]:
@@ -64,7 +85,7 @@ def load_model(path: str | Path) -> tuple[MambaYOLO, dict[str, Any]]:
     weights, config = load_weights(path)
     try:
         model = MambaYOLO(**config["model"])
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{path}: config.json is damaged: {error}") from None
     load_matching(model, weights).require_complete(path)
     if len(config["names"]) != model.num_classes:

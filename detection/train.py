@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from detection.check import unreadable_pictures
 from detection.config import DetectConfig
 from detection.data import TrainDataset, collate, save_batch_picture, val_loader
 from detection.evaluate import evaluate
@@ -45,6 +46,7 @@ class DetectionTask(Task):
             dataset.refuse_errors()
             if is_main_process():
                 report_findings(dataset)
+                refuse_unreadable(dataset)
         self.criterion = DetectionLoss(len(self.train_set.names))
 
     def config(self) -> dict[str, Any]:
@@ -117,13 +119,38 @@ def report_findings(dataset: DetectionSet, most: int = 5) -> None:
         print(f"{dataset.split}: {len(warnings) - most} more warnings; `vssm detect check {dataset.root}` lists them")
 
 
+def refuse_unreadable(dataset: DetectionSet) -> None:
+    """Decode every picture once, which takes less than the loading of one epoch: now, not hours into the run.
+
+    Raises:
+        UserError: some cannot be used; the message names the first.
+    """
+    replace(dataset, findings=tuple(unreadable_pictures(dataset, progress=True))).refuse_errors()
+
+
 def train_detector(config: DetectConfig, *, resume: Path | None = None) -> TrainResult:
     """Train as the configuration says; `resume` is the folder of a run to go on with.
 
     Raises:
-        UserError: bad data, weights or settings.
+        UserError: bad data, weights or settings; a run that was trained on other classes.
     """
-    return train(DetectionTask(config, resumed=resume is not None), config.train, resume=resume)
+    task = DetectionTask(config, resumed=resume is not None)
+    if resume is not None:
+        _check_classes(resume, task.train_set)
+    return train(task, config.train, resume=resume)
+
+
+def _check_classes(run: Path, dataset: DetectionSet) -> None:
+    """Refuse to go on with a run on data whose labels mean other things."""
+    before, now = read_run_config(run).get("names"), list(dataset.names)
+    if not isinstance(before, list):
+        raise UserError(f"cannot resume {run}: last/config.json is damaged, it does not name the classes (`names`)")
+    if before != now:
+        raise UserError(
+            f"cannot resume {run}: it was trained on the classes {', '.join(map(str, before))}; {dataset.root} has "
+            f"{', '.join(now)}. Give it data with the same classes in the same order (--data.path), or begin a new run "
+            f"from what it has learned: --weights {run / 'last'}"
+        )
 
 
 def resumed_config(run: Path, *, data_path: str = "") -> tuple[DetectConfig, Path]:

@@ -14,6 +14,7 @@ import torch
 
 from detection.config import DetectConfig
 from detection.outputs import run_predict
+from detection.predict_options import PredictOptions
 from detection.report import write_report
 from detection.samples import make_scenes, make_trees
 from detection.train import DetectionTask, train_detector
@@ -43,7 +44,8 @@ def trees() -> None:
         if split == "val" and metrics.ap50 < LEAST_TREES_AP50:
             sys.exit(f"demo: AP50 {metrics.ap50:.3f} on the tree tiles is below {LEAST_TREES_AP50}")
     photographs = sorted((DATA / "trees" / "photos").glob("*.png"))
-    run_predict(photographs, weights=TREE_WEIGHTS, output=OUT / "trees", tile=400, save=("pictures",))
+    options = PredictOptions(tile=400)
+    run_predict(photographs, weights=TREE_WEIGHTS, output=OUT / "trees", save=("pictures",), options=options)
     print(f"{time.perf_counter() - begun:.0f} s")
 
 

@@ -7,17 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.formats.common import (
-    BoxRow,
-    DetectionSet,
-    Finding,
-    Picture,
-    box_table,
-    build_records,
-    fill_sizes,
-    relative,
-    unknown_class,
-)
+from detection.formats.common import BoxList, DetectionSet, Finding, Picture, assemble, fill_sizes, relative
 from vision_ssm.errors import UserError
 
 _SPLIT_WORDS = {
@@ -73,20 +63,13 @@ def load(root: Path, split: str, names: Sequence[str] | None = None) -> Detectio
     label_of = {category: label for label, (category, _) in enumerate(ordered) if category >= 0}
     file = relative(path, root)
     pictures, findings = _pictures(root, path, data["images"])
-    rows, where, more = _boxes(data["annotations"], pictures, label_of, file, [name for _, name in ordered])
+    boxes = _boxes(data["annotations"], pictures, label_of, file, [name for _, name in ordered])
     del data  # the parsed json of a large set is gigabytes
     pictures, unreadable = fill_sizes(pictures, root)
-    table = box_table(rows, lambda row: (file, f"annotation {where[row]} of {pictures[rows[row][0]].path.name}"))
-    records, clipped = build_records(pictures, table)
-    return DetectionSet(
-        root=root,
-        split=split,
-        format="coco",
-        names=tuple(name for _, name in ordered),
-        category_ids=tuple(category for category, _ in ordered),
-        records=records,
-        findings=(*findings, *more, *unreadable, *clipped),
-    )
+    return assemble(
+        root, split, "coco", category_ids=(category for category, _ in ordered), pictures=pictures, boxes=boxes,
+        unreadable=unreadable, findings=findings,
+    )  # fmt: skip
 
 
 def _parse(path: Path) -> dict:
@@ -182,31 +165,29 @@ def _picture_folder(root: Path, path: Path, entries: list[dict]) -> Path:
 
 def _boxes(
     annotations: list[dict], pictures: list[Picture], label_of: dict[int, int], file: str, names: list[str]
-) -> tuple[list[BoxRow], list[object], list[Finding]]:
-    """(rows for the box table, annotation id of each row, errors)."""
+) -> BoxList:
+    """The annotations, each with its id as its place."""
     position = {picture.image_id: index for index, picture in enumerate(pictures)}
-    rows: list[BoxRow] = []
-    where: list[object] = []
-    findings = []
+    boxes = BoxList(names)
     for index, annotation in enumerate(annotations):
         try:
-            number = annotation.get("id", index)
+            where = f"annotation {annotation.get('id', index)}"
             x, y, width, height = (float(value) for value in annotation["bbox"])
-            picture, category = int(annotation["image_id"]), int(annotation["category_id"])
+            image_id, category = int(annotation["image_id"]), int(annotation["category_id"])
             crowd, area = bool(annotation.get("iscrowd", 0)), annotation.get("area")
             area = float("nan") if area is None else float(area)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             rule = "annotation without a number as image_id, category_id or area, or without a bbox of four numbers"
-            findings.append(Finding("error", file, f"annotation {str(annotation)[:80]}", rule, "complete or delete it"))
+            boxes.refuse((file, f"annotation {str(annotation)[:80]}"), rule, "complete or delete it")
             continue
-        if picture not in position:
-            rule = f"refers to picture id {picture}, which the file does not list"
-            findings.append(
-                Finding("error", file, f"annotation {number}", rule, "list the picture or delete the object")
-            )
+        if image_id not in position:
+            rule = f"refers to picture id {image_id}, which the file does not list"
+            boxes.refuse((file, where), rule, "list the picture or delete the object")
         elif category not in label_of:
-            findings.append(unknown_class(file, f"annotation {number}", category, names))
+            boxes.refuse_class((file, where), category)
         else:
-            rows.append((position[picture], (x, y, x + width, y + height), label_of[category], crowd, area))
-            where.append(number)
-    return rows, where, findings
+            picture = position[image_id]
+            place = (file, f"{where} of {pictures[picture].path.name}")
+            corners = (x, y, x + width, y + height)
+            boxes.add(picture, corners, label_of[category], place, ignore=crowd, area=area)
+    return boxes

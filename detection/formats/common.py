@@ -5,7 +5,7 @@ Boxes are float32 xyxy in pixels with continuous edges: a box that covers the wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from vision_ssm.errors import UserError
 
 Severity = Literal["error", "warning", "note"]
 Format = Literal["coco", "voc", "yolo"]
-BoxRow = tuple[int, Sequence[float], int, bool, float]
 
 # Annotation tools round to whole pixels, so an edge may lie up to one pixel outside without being a mistake.
 _ROUNDING = 1.0
@@ -150,7 +149,7 @@ class BoxTable:
         labels: (n,) int64.
         ignore: (n,) bool.
         areas: (n,) float64; NaN where the area of the box counts.
-        describe: Row -> (file, where) for findings.
+        places: File and place in it of each row, for findings.
     """
 
     picture: np.ndarray
@@ -158,20 +157,74 @@ class BoxTable:
     labels: np.ndarray
     ignore: np.ndarray
     areas: np.ndarray
-    describe: Callable[[int], tuple[str, str]]
+    places: Sequence[tuple[str, str]]
 
 
-def box_table(rows: Sequence[BoxRow], describe: Callable[[int], tuple[str, str]]) -> BoxTable:
-    """Columns from rows of (picture, xyxy, label, ignore, area); `describe` as in `BoxTable`."""
-    picture, boxes, labels, ignore, areas = zip(*rows, strict=True) if rows else ((), (), (), (), ())
-    return BoxTable(
-        picture=np.array(picture, np.int64),
-        boxes=np.array(boxes, np.float64).reshape(-1, 4),
-        labels=np.array(labels, np.int64),
-        ignore=np.array(ignore, bool),
-        areas=np.array(areas, np.float64),
-        describe=describe,
-    )
+class BoxList:
+    """What a reader gathers: boxes, where each was read, and errors.
+
+    Args:
+        names: Class names in the order of the labels.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.findings: list[Finding] = []
+        self._rows: list[tuple[int, Sequence[float], int, bool, float]] = []
+        self._places: list[tuple[str, str]] = []
+
+    def add(
+        self,
+        picture: int,
+        corners: Sequence[float],
+        label: int,
+        place: tuple[str, str],
+        *,
+        ignore: bool = False,
+        area: float = float("nan"),
+    ) -> None:
+        """Take a box of xyxy pixels in the picture of this index; `place` is (file, where)."""
+        self._rows.append((picture, corners, label, ignore, area))
+        self._places.append(place)
+
+    def refuse(self, place: tuple[str, str], rule: str, fix: str) -> None:
+        """Note an error instead of a box."""
+        self.findings.append(Finding("error", *place, rule, fix))
+
+    def refuse_class(self, place: tuple[str, str], given: object) -> None:
+        """Note a label that is none of the classes."""
+        shown = ", ".join(self.names[:10]) + (", ..." if len(self.names) > 10 else "")
+        fix = f"use one of {len(self.names)} classes ({shown}) or add it to them"
+        self.refuse(place, f"unknown class {given!r}", fix)
+
+    def table(self) -> BoxTable:
+        """The boxes as columns."""
+        picture, boxes, labels, ignore, areas = zip(*self._rows, strict=True) if self._rows else ((), (), (), (), ())
+        return BoxTable(
+            picture=np.array(picture, np.int64),
+            boxes=np.array(boxes, np.float64).reshape(-1, 4),
+            labels=np.array(labels, np.int64),
+            ignore=np.array(ignore, bool),
+            areas=np.array(areas, np.float64),
+            places=self._places,
+        )
+
+
+def assemble(
+    root: Path,
+    split: str,
+    format: Format,
+    *,
+    category_ids: Iterable[int],
+    pictures: Sequence[Picture],
+    boxes: BoxList,
+    unreadable: Sequence[Finding],
+    findings: Sequence[Finding] = (),
+) -> DetectionSet:
+    """A split from what its reader gathered; `unreadable` as `fill_sizes` gives it, `findings` those about files."""
+    records, changed = build_records(pictures, boxes.table())
+    found = (*findings, *boxes.findings, *unreadable, *changed)
+    return DetectionSet(root, split, format, boxes.names, tuple(category_ids), records, found)
 
 
 def build_records(pictures: Sequence[Picture], table: BoxTable) -> tuple[tuple[ImageRecord, ...], list[Finding]]:
@@ -223,8 +276,7 @@ def _clip(table: BoxTable, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         else:
             rule = f"box ({corners}) reaches out of the picture ({size}): clipped"
             fix = "draw the box again; if all boxes do so, look whether the picture was resized"
-        file, where = table.describe(int(row))
-        findings.append(Finding("warning", file, where, rule, fix))
+        findings.append(Finding("warning", *table.places[int(row)], rule, fix))
     return known & finite & filled & inside, clipped, findings
 
 
@@ -272,10 +324,3 @@ def read_lines(path: Path) -> list[str]:
 def relative(path: Path, root: Path) -> str:
     """`path` as people name it inside the set: relative to `root` where it lies below it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-def unknown_class(file: str, where: str, given: object, names: Sequence[str]) -> Finding:
-    """The error for a label that is none of the classes."""
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    rule = f"unknown class {given!r}"
-    return Finding("error", file, where, rule, f"use one of {len(names)} classes ({shown}) or add it to them")

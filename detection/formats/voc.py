@@ -13,18 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from detection.formats.common import (
-    BoxRow,
-    DetectionSet,
-    Finding,
-    Picture,
-    box_table,
-    build_records,
-    fill_sizes,
-    read_lines,
-    relative,
-    unknown_class,
-)
+from detection.formats.common import BoxList, DetectionSet, Finding, Picture, assemble, fill_sizes, read_lines, relative
 from vision_ssm.data.images import IMAGE_SUFFIXES
 from vision_ssm.errors import UserError
 
@@ -104,17 +93,11 @@ def load(root: Path, split: str, names: Sequence[str] | None = None) -> Detectio
     findings = _problems(annotations, root)
     annotations = [annotation for annotation in annotations if annotation.objects is not None]
     pictures, unreadable = fill_sizes(_pictures(annotations), root)
-    rows, places, more = _boxes(annotations, names, root)
-    records, clipped = build_records(pictures, box_table(rows, lambda row: places[row]))
-    return DetectionSet(
-        root=root,
-        split=split,
-        format="voc",
-        names=tuple(names),
-        category_ids=tuple(range(1, len(names) + 1)),
-        records=records,
-        findings=(*findings, *more, *unreadable, *clipped),
-    )
+    boxes = _boxes(annotations, names, root)
+    return assemble(
+        root, split, "voc", category_ids=range(1, len(names) + 1), pictures=pictures, boxes=boxes,
+        unreadable=unreadable, findings=findings,
+    )  # fmt: skip
 
 
 def _is_tree(folder: Path) -> bool:
@@ -222,24 +205,19 @@ def _pictures(annotations: list[_Annotation]) -> list[Picture]:
     return pictures
 
 
-def _boxes(
-    annotations: list[_Annotation], names: Sequence[str], root: Path
-) -> tuple[list[BoxRow], list[tuple[str, str]], list[Finding]]:
-    """(rows for the box table, (file, where) of each row, errors)."""
+def _boxes(annotations: list[_Annotation], names: Sequence[str], root: Path) -> BoxList:
+    """The objects, each with its file and number as its place."""
     label_of = {name: label for label, name in enumerate(names)}
-    rows: list[BoxRow] = []
-    places: list[tuple[str, str]] = []
-    findings = []
+    boxes = BoxList(names)
     for picture, annotation in enumerate(annotations):
         file = relative(annotation.xml, root)
         for number, item in enumerate(annotation.objects or (), 1):
-            where = f"object {number} ({item.name})"
+            place = (file, f"object {number} ({item.name})")
             if item.name not in label_of:
-                findings.append(unknown_class(file, where, item.name, names))
+                boxes.refuse_class(place, item.name)
             elif item.corners is None:
                 rule = "object without a bndbox of four numbers"
-                findings.append(Finding("error", file, where, rule, "draw the box again or delete the object"))
+                boxes.refuse(place, rule, "draw the box again or delete the object")
             else:
-                rows.append((picture, item.corners, label_of[item.name], item.difficult, float("nan")))
-                places.append((file, where))
-    return rows, places, findings
+                boxes.add(picture, item.corners, label_of[item.name], place, ignore=item.difficult)
+    return boxes

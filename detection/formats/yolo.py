@@ -8,18 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from detection.formats.common import (
-    BoxRow,
-    DetectionSet,
-    Finding,
-    Picture,
-    box_table,
-    build_records,
-    fill_sizes,
-    read_lines,
-    relative,
-    unknown_class,
-)
+from detection.formats.common import BoxList, DetectionSet, Picture, assemble, fill_sizes, read_lines, relative
 from vision_ssm.data.images import IMAGE_SUFFIXES
 from vision_ssm.errors import UserError
 
@@ -80,16 +69,9 @@ def load(root: Path, split: str, names: Sequence[str] | None = None) -> Detectio
     names = own if names is None else tuple(names)
     folder = path.parent
     pictures, unreadable = fill_sizes([Picture(p, 0, 0, number) for number, p in enumerate(files[split], 1)], folder)
-    rows, places, findings = _boxes(pictures, own, names, folder)
-    records, clipped = build_records(pictures, box_table(rows, lambda row: places[row]))
-    return DetectionSet(
-        root=root,
-        split=split,
-        format="yolo",
-        names=names,
-        category_ids=tuple(range(len(names))),
-        records=records,
-        findings=(*findings, *unreadable, *clipped),
+    boxes = _boxes(pictures, own, names, folder)
+    return assemble(
+        root, split, "yolo", category_ids=range(len(names)), pictures=pictures, boxes=boxes, unreadable=unreadable
     )
 
 
@@ -141,31 +123,30 @@ def _beside(listing: Path, line: str) -> Path:
     return Path(line) if Path(line).is_absolute() else listing.parent / line.removeprefix("./")
 
 
-def _boxes(
-    pictures: list[Picture], own: Sequence[str], names: Sequence[str], root: Path
-) -> tuple[list[BoxRow], list[tuple[str, str]], list[Finding]]:
-    """(rows for the box table, (file, where) of each row, errors); a missing label file means no objects."""
+def _boxes(pictures: list[Picture], own: Sequence[str], names: Sequence[str], root: Path) -> BoxList:
+    """The lines of the label files, each with its file and number as its place; no file means no objects."""
     label_of = {name: label for label, name in enumerate(names)}
-    rows: list[BoxRow] = []
-    places: list[tuple[str, str]] = []
-    findings = []
+    boxes = BoxList(names)
     for index, picture in enumerate(pictures):
         path = label_file(picture.path)
         file = relative(path, root)
-        for number, line in enumerate(_lines(path), 1):
-            where = f"line {number}"
+        try:
+            lines = _lines(path)
+        except (OSError, UnicodeDecodeError) as error:
+            boxes.refuse((file, ""), f"unreadable: {error}", "save it as text, one object a line, or delete it")
+            continue
+        for number, line in enumerate(lines, 1):
+            place = (file, f"line {number}")
             parsed = _parse_line(line, len(own))
             if isinstance(parsed, str):
-                fix = "write `class cx cy w h` with the last four in 0..1 and classes from 0"
-                findings.append(Finding("error", file, where, parsed, fix))
+                boxes.refuse(place, parsed, "write `class cx cy w h` with the last four in 0..1 and classes from 0")
             elif parsed is not None and own[parsed[0]] not in label_of:
-                findings.append(unknown_class(file, where, own[parsed[0]], names))
+                boxes.refuse_class(place, own[parsed[0]])
             elif parsed is not None:
                 label, corners = parsed
                 scaled = [v * s for v, s in zip(corners, (picture.width, picture.height) * 2, strict=True)]
-                rows.append((index, scaled, label_of[own[label]], False, float("nan")))
-                places.append((file, where))
-    return rows, places, findings
+                boxes.add(index, scaled, label_of[own[label]], place)
+    return boxes
 
 
 def _lines(path: Path) -> list[str]:
@@ -173,8 +154,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"unreadable: {error}"]
 
 
 def _parse_line(line: str, classes: int) -> tuple[int, tuple[float, float, float, float]] | str | None:

@@ -337,3 +337,16 @@ def test_yolo_names_that_are_no_list_of_classes(tmp_path: Path, names: str, rule
     (root / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
     with pytest.raises(UserError, match=rule):
         load_detection_set(root, "train")
+
+
+def test_yolo_label_that_is_no_text(tmp_path: Path) -> None:
+    root = yolo_tree(tmp_path, {"train": {"a": "", "b": ""}, "val": {"c": ""}})
+    (root / "labels/train/a.txt").write_bytes(b"\xff\xfe0")
+    (root / "labels/train/b.txt").unlink()
+    (root / "labels/train/b.txt").mkdir()
+    found = load_detection_set(root, "train").findings
+    assert [(f.severity, f.file, f.where) for f in found] == [
+        ("error", "labels/train/a.txt", ""),
+        ("error", "labels/train/b.txt", ""),
+    ]
+    assert all(f.rule.startswith("unreadable: ") for f in found)

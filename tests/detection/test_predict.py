@@ -4,6 +4,8 @@ Most tests use a network that marks red spots, because a picture with known obje
 through a real Mamba-YOLO checkpoint.
 """
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -14,13 +16,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detection import outputs
+from detection import commands, outputs
 from detection.head import decode
 from detection.letterbox import letterbox
 from detection.model import MambaYOLO
 from detection.outputs import run_predict
 from detection.postprocess import postprocess, to_native
 from detection.predict import Detector, choose_device
+from detection.predict_options import PredictOptions
 from detection.tiles import merge_tiles, tile_boxes
 from vision_ssm.checkpoint import save_checkpoint
 from vision_ssm.data.images import read_image
@@ -172,7 +175,7 @@ def test_stream_is_lazy_and_keeps_going_after_a_broken_file(detector: Detector, 
         detector.predict(tmp_path)
     detector.model.batches.clear()
     failed: list[UserError] = []
-    stream = detector.stream(tmp_path, batch_size=2, on_error=failed.append)
+    stream = detector.stream(tmp_path, PredictOptions(batch_size=2), on_error=failed.append)
     next(stream)
     assert detector.model.batches == [(2, 3, 128, 128)]
     assert [one.path.stem for one in stream if one.path] == ["2", "3", "4"]
@@ -252,7 +255,7 @@ def test_command_writes_everything(predict_files, tmp_path: Path, capsys: pytest
     with video_writer(source / "clip.mp4", fps=5) as append:
         append(ONE)
         append(ONE)
-    assert predict_files([source], out, save=("pictures", "json", "txt"), conf=0.5) == 1
+    assert predict_files([source], out, save=("pictures", "json", "txt"), options=PredictOptions(conf=0.5)) == 1
     said = capsys.readouterr()
     assert "bad.jpg" in said.err
     assert "2 pictures and 2 video frames: 3 objects (dog 3)" in said.out
@@ -300,3 +303,16 @@ def test_command_refuses_before_it_works(predict_files, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         predict_files([tmp_path / "nothing.jpg"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_options_are_the_same_everywhere() -> None:
+    """Command line and Python have every option, with the default that `PredictOptions` gives it."""
+    fields = {field.name: field.default for field in dataclasses.fields(PredictOptions)}
+    for function in (commands.predict, Detector.predict):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in fields} == fields
+
+
+def test_command_refuses_options_before_it_looks_for_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="overlap must lie between 0 and 0.9, got 1"):
+        commands.predict([str(tmp_path)], weights=tmp_path / "none", overlap=1.0)

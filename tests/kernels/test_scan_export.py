@@ -5,7 +5,7 @@ import torch
 from torch.fx.experimental import _config as shape_config
 
 import kernels
-from kernels.selective_scan.export_path import _softplus, active, export_mode
+from kernels.selective_scan.export_path import _NO_STEP, _connect, _softplus, _softplus_for_torch, active, export_mode
 from kernels.testing import TOLERANCE, assert_close
 from tests.kernels.scan_cases import CASES_1D, CASES_2D, Case1D, Case2D, widened
 
@@ -35,10 +35,43 @@ def test_other_dtypes(dtype):
     compare(CASES_2D["odd"], dtype)
 
 
-@pytest.mark.parametrize("case", [CASES_1D["reversed_grouped"], CASES_2D["odd"]], ids=["1d", "2d"])
+@pytest.mark.parametrize("case", list(ALL.values()), ids=list(ALL))
 def test_unrolled_matches_reference(case):
     torch._dynamo.reset()
     compare(case, torch.float32, unrolled=True)
+
+
+@pytest.mark.parametrize(("channels", "paired"), [(2, 5), (64, 2), (256, 0)])
+def test_unrolled_takes_small_positions_in_pairs(channels, paired):
+    """64 positions: an operator each where they are large enough, else each 2nd, 4th, ...; a halving takes three."""
+    decays, states, start = (
+        torch.rand(64, 1, 4, 1, 16, channels),
+        torch.randn(64, 1, 4, 1, 16, channels),
+        torch.ones(()),
+    )
+    want, h = [], start
+    for decay, state in zip(decays, states, strict=True):
+        h = state + decay * h
+        want.append(h)
+    with torch.profiler.profile() as profile:
+        _connect(decays, states, start.expand(states.shape[1:]))
+    (row,) = [row for row in profile.key_averages() if row.key == "aten::addcmul_"]
+    assert row.count == 64 // 2**paired + 3 * paired
+    assert_close("states", states, torch.stack(want), 1e-6)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_positions_that_fill_a_block_change_no_state(unrolled):
+    """Step sizes are used as they are, with their bias, so that what is filled up must not get the bias."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(2)
+    u, delta, B = (torch.rand(2, 37, 3, generator=generator) for _ in range(3))
+    A, bias = -torch.rand(3, 3, generator=generator), torch.rand(3, generator=generator)
+    with torch.no_grad(), export_mode(unrolled=unrolled):
+        got = kernels.selective_scan(u, delta, A, B, B, delta_bias=bias, return_final_state=True)
+    want = kernels.selective_scan(u, delta, A, B, B, delta_bias=bias, return_final_state=True, backend="reference")
+    for name, g, w in zip(("y", "final_state"), got, want, strict=True):
+        assert_close(name, g, w, 1e-5)
 
 
 def test_mode_ends_even_after_an_error():
@@ -56,8 +89,9 @@ def test_mode_ends_even_after_an_error():
 def test_softplus_keeps_small_step_sizes_exact():
     x = torch.linspace(-40, 40, 20001)
     want = torch.nn.functional.softplus(x.double(), threshold=100)
-    assert ((_softplus(x) - want).abs() / want).max() < 2e-6
-    assert _softplus(torch.tensor([-200.0, 200.0])).tolist() == [0.0, 200.0]
+    for form in (_softplus, _softplus_for_torch):
+        assert ((form(x) - want).abs() / want).max() < 2e-6
+        assert form(torch.tensor([-200.0, 200.0, _NO_STEP])).tolist() == [0.0, 200.0, 0.0]
 
 
 class Image(torch.nn.Module):
@@ -80,18 +114,20 @@ class Image(torch.nn.Module):
         )
 
 
-def trace(module, example, sizes):
-    with torch.no_grad(), export_mode(), shape_config.patch(backed_size_oblivious=True):
+def trace(module, example, sizes, *, unrolled=False):
+    with torch.no_grad(), export_mode(unrolled=unrolled), shape_config.patch(backed_size_oblivious=True):
         return torch.export.export(
             module, (example,), dynamic_shapes=(sizes,), strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )
 
 
+IMAGE_SIZES = {i: torch.export.Dim(name, min=1, max=4096) for i, name in enumerate(("batch", "height", "width"))}
+
+
 @pytest.fixture(scope="module")
 def traced_image():
-    sizes = {i: torch.export.Dim(name, min=1, max=4096) for i, name in enumerate(("batch", "height", "width"))}
     module = Image()
-    return module, trace(module, torch.zeros(2, 5, 7, 6), sizes)
+    return module, trace(module, torch.zeros(2, 5, 7, 6), IMAGE_SIZES)
 
 
 SHAPES = [(1, 1, 1), (1, 4, 4), (3, 1, 9), (1, 20, 13), (2, 16, 2)]
@@ -111,6 +147,20 @@ def test_traced_graph_holds_standard_operators_only(traced_image):
     targets = [node.target for graph in graphs for node in graph.nodes]
     assert {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)} == {"aten"}
     assert torch.ops.higher_order.scan in targets
+
+
+def test_unrolled_trace_has_free_sizes_and_survives_a_file(tmp_path):
+    module = Image()
+    program = trace(module, torch.zeros(2, 5, 7, 6), IMAGE_SIZES, unrolled=True)
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert len(graphs) == 2  # one loop, over blocks
+    targets = [node.target for graph in graphs for node in graph.nodes]
+    assert {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)} == {"aten"}
+    torch.export.save(program, tmp_path / "scan.pt2")
+    loaded = torch.export.load(tmp_path / "scan.pt2").module()
+    for batch, height, width in SHAPES:
+        x = torch.randn(batch, height, width, 6)
+        assert_close(str(x.shape), loaded(x), module(x), 1e-5)
 
 
 def test_onnx_matches_torch_at_other_sizes(traced_image, tmp_path):
@@ -148,12 +198,13 @@ def test_traced_sequence_has_free_length():
             assert_close(f"{name} of {length}", got, want, 1e-5)
 
 
-def test_long_sequences_stay_finite():
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_long_sequences_stay_finite(unrolled):
     """Strong decay over 2000 steps: products of decays underflow, which must not matter."""
     torch._dynamo.reset()
     u = torch.ones(1, 2000, 2)
     A = torch.tensor([[-1.0, -20.0], [-50.0, -0.01]])
     B = torch.ones(1, 2000, 2)
-    with torch.no_grad(), export_mode():
+    with torch.no_grad(), export_mode(unrolled=unrolled):
         got = kernels.selective_scan(u, u, A, B, B)
     assert_close("y", got, kernels.selective_scan(u, u, A, B, B, backend="reference"), 1e-5)

@@ -23,6 +23,7 @@ from vision_ssm.training.batches import SampleKey, seed_everything
 from vision_ssm.training.environment import make_accelerator, out_of_memory_message
 
 ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 VARYING = ("seconds", "images_per_s", "data_wait")  # wall time
 
 
@@ -158,13 +159,31 @@ def test_a_stop_during_evaluation_is_heeded_after_it(tmp_path):
     assert len(task.losses) == 6
 
 
-def test_two_processes_train_as_one(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tasks = {name: {"plain": True, "reduction": name} for name in ("mean", "sum")}
-    done = script(launcher, *({"run_dir": str(tmp_path / name), "task": task} for name, task in tasks.items()))
+@pytest.mark.parametrize("broken", [1, 3])
+def test_an_evaluation_that_fails_costs_no_training(tmp_path, whole_run, broken):
+    """In the first and in the last epoch: what was learned is saved, and the resumed run evaluates it."""
+    task = TinyTask()
+    real = task.evaluate
+
+    def fail(model: nn.Module, run: RunInfo) -> dict[str, float]:
+        if run.epoch == broken:
+            raise UserError("picture 7 is corrupt")
+        return real(model, run)
+
+    task.evaluate = fail  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=rf"picture 7 is corrupt\. Epoch {broken} is saved in .*last"):
+        train(task, tiny_config(tmp_path / "run"))
+    again = TinyTask()
+    assert_same_run(train(again, tiny_config(tmp_path / "run"), resume=tmp_path / "run"), whole_run[0])
+    assert len(again.losses) == 6 * (3 - broken)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])  # each in processes of its own: groups are joined once
+def test_two_processes_train_as_one(tmp_path, reduction):
+    task = {"plain": True, "reduction": reduction}
+    done = script(TWO_PROCESSES, {"run_dir": str(tmp_path / "two"), "task": task})
     assert done.returncode == 0, done.stderr
-    for name, task in tasks.items():
-        assert_one_run_of_two(tmp_path / name, train(TinyTask(**task), tiny_config(tmp_path / f"{name}_alone")))
+    assert_one_run_of_two(tmp_path / "two", train(TinyTask(**task), tiny_config(tmp_path / "alone")))
 
 
 def assert_one_run_of_two(folder: Path, alone: TrainResult) -> None:
@@ -264,6 +283,22 @@ def test_resume_refuses_another_run(tmp_path):
         train(TinyTask(plain=True), tiny_config(tmp_path), resume=tmp_path / "run")
     with pytest.raises(UserError, match="nothing to resume"):
         train(TinyTask(), tiny_config(tmp_path), resume=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("change", [{"step": None}, {"history": None, "same": None}, {"optimizer": {}}])
+def test_resume_refuses_a_state_of_something_else(tmp_path, change):
+    train(TinyTask(), tiny_config(tmp_path / "run", epochs=1))
+    file = tmp_path / "run" / "last" / "training" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    for name, value in change.items():
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    torch.save(state, file)
+    expected = "holds another model or optimiser" if "optimizer" in change else f"lacks {', '.join(sorted(change))}"
+    with pytest.raises(UserError, match=expected):
+        train(TinyTask(), tiny_config(tmp_path / "run"), resume=tmp_path / "run")
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):

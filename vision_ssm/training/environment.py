@@ -11,6 +11,9 @@ from torch import nn
 from vision_ssm.errors import UserError
 from vision_ssm.training.config import TrainConfig
 
+_GONE = ("closed by peer", "reset by peer", "Broken pipe")
+"""What gloo, whose errors have no class of their own, says of a process that has ended."""
+
 
 def is_main_process() -> bool:
     """Whether this is the process that prints and writes: the only one, or the first of those torchrun started."""
@@ -43,6 +46,12 @@ def train_mode(model: nn.Module) -> None:
         own = list(module.parameters(recurse=False))
         if own and not any(parameter.requires_grad for parameter in own):
             module.eval()
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error in one process only says that another one is gone."""
+    kinds = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in _GONE)
 
 
 def out_of_memory_message(config: TrainConfig, accelerator: Accelerator) -> str:

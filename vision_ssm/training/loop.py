@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vision_ssm.config import to_dict
@@ -17,8 +18,8 @@ from vision_ssm.errors import UserError
 from vision_ssm.training import runs
 from vision_ssm.training.batches import BatchStream, iterate_batches, load_batch, seed_everything
 from vision_ssm.training.config import TrainConfig
-from vision_ssm.training.ema import Ema
-from vision_ssm.training.environment import make_accelerator, out_of_memory_message, train_mode
+from vision_ssm.training.ema import Ema, PowerEma
+from vision_ssm.training.environment import lost_peer, make_accelerator, out_of_memory_message, train_mode
 from vision_ssm.training.guard import NonFiniteGuard, name_non_finite
 from vision_ssm.training.interrupt import StopRequest
 from vision_ssm.training.log import Row, RunLog
@@ -27,6 +28,8 @@ from vision_ssm.training.optim import build_optimizer, set_rates
 from vision_ssm.training.plan import Plan
 from vision_ssm.training.task import RunInfo, Task
 
+_STATE = {"step", "model", "optimizer", "meter", "best", "history", "same"}
+"""What `last` keeps besides the average."""
 CHECK_EVERY = 20
 """Steps between two looks of the host at the device (losses for the bar, the guard, stop requests)."""
 
@@ -56,7 +59,8 @@ def train(task: Task, config: TrainConfig, *, resume: Path | None = None) -> Tra
             as far as its kernels are deterministic.
 
     Raises:
-        UserError: a loss that is not finite, too little GPU memory, unreadable data, nothing to resume.
+        UserError: a loss that is not finite, too little GPU memory, unreadable data, nothing to resume; another process
+            of the run has ended.
         SystemExit: stopped by Ctrl-C (130) or SIGTERM (143); the state is saved.
     """
     accelerator = make_accelerator(config)
@@ -67,6 +71,10 @@ def train(task: Task, config: TrainConfig, *, resume: Path | None = None) -> Tra
             result = trainer.run()
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_message(config, accelerator)) from None
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not lost_peer(error):
+            raise
+        raise UserError("stopped, because another process of this run has ended: its message says why") from None
     accelerator.end_training()
     return result
 
@@ -92,6 +100,7 @@ class _Trainer:
         self.raw = task.build().to(self.device)
         self.optimizer = build_optimizer(self.raw, config.optim, config.scaled_weight_decay)
         self.ema = Ema(self.raw, config.ema)
+        self.averages = {f"{width:g}": PowerEma(self.raw, width) for width in config.ema.power_widths}
         self.model = accelerator.prepare_model(self.raw)
         accelerator.prepare_model(self.ema.module, evaluation_mode=True)
         train_mode(self.model)
@@ -117,10 +126,10 @@ class _Trainer:
         batches = self._batches()
         try:
             self.log.say(self._greeting())
-            while self.step < self.plan.steps:
+            ended = self._stopped_before_evaluation() and self._finish_epoch()
+            while not ended and self.step < self.plan.steps:
                 self._train_epoch(batches)
-                if self._finish_epoch():
-                    break
+                ended = self._finish_epoch()
         finally:
             batches.close()  # ends the workers, which heed no signal
             self.log.close()
@@ -173,7 +182,8 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.ema.update(self.raw, self.step)
+        for average in (self.ema, *self.averages.values()):
+            average.update(self.raw, self.step)
 
     def _everywhere(self, flag: Tensor) -> Tensor:
         if self.processes == 1:
@@ -242,11 +252,14 @@ class _Trainer:
         epoch, ends = -(-self.step // self.plan.steps_per_epoch), self.step == self.plan.steps
         row = self._row(epoch)
         if ends or epoch % self.config.val_every == 0:
+            self._save_last()  # an evaluation may fail, and the epoch must not be lost with it
             metrics = self._evaluate(epoch)
             row |= {f"val/{name}": value for name, value in metrics.items()}
             if self._is_better(metrics[self.task.primary]):
                 self.best = {"epoch": epoch, **metrics}
                 self._save(self.run_dir / "best")
+            for name, average in self.averages.items():
+                self._save(self.run_dir / "averages" / name, average=average)
         self.log.end_epoch(row, f"epoch {epoch}/{self.plan.epochs}")
         self._save_last()
         if ends:
@@ -259,6 +272,11 @@ class _Trainer:
             return False
         self.log.say(f"stopped early: {self.task.primary} has been best at epoch {self.best['epoch']}")
         return True
+
+    def _stopped_before_evaluation(self) -> bool:
+        """Whether a resumed run ended between the last step of an epoch and its row."""
+        done = int(self.history[-1]["step"]) if self.history else 0
+        return self.step > done and self.plan.ends_epoch(self.step)
 
     def _row(self, epoch: int) -> Row:
         images = self.meter.batches * self.config.batch_size
@@ -283,8 +301,11 @@ class _Trainer:
         if self.accelerator.is_main_process:
             seed_everything(self.config.seed, self.step, device=self.device)
             run = RunInfo(self.run_dir, self.device, epoch, self.plan.epochs, self.step)
-            with torch.no_grad():
-                metrics = self.task.evaluate(self.ema.module, run)
+            try:
+                with torch.no_grad():
+                    metrics = self.task.evaluate(self.ema.module, run)
+            except UserError as error:
+                raise UserError(f"{error}. Epoch {epoch} is saved in {self.last}, the run can be resumed") from None
             if self.task.primary not in metrics:
                 raise KeyError(f"{self.task.primary!r}, the primary metric, is not among {list(metrics)}")
             shared = [{name: float(value) for name, value in metrics.items()}]
@@ -309,14 +330,16 @@ class _Trainer:
             "best": self.best,
             "history": self.history,
             "same": self._same(),
+            "averages": {name: average.module.state_dict() for name, average in self.averages.items()},
         }
         self._save(self.last, state)
 
-    def _save(self, folder: Path, state: dict[str, Any] | None = None) -> None:
+    def _save(self, folder: Path, state: dict[str, Any] | None = None, average: ModelEmaV3 | None = None) -> None:
         if self.accelerator.is_main_process:
             trained = {"step": self.step, "steps": self.plan.steps, "best": self.best}
             about = {"train": to_dict(self.config), "trained": trained}
-            runs.save(folder, self.ema.module.state_dict(), {**self.task.config(), **about}, state)
+            weights = (average or self.ema).module.state_dict()
+            runs.save(folder, weights, {**self.task.config(), **about}, state)
         self.accelerator.wait_for_everyone()
 
     def _same(self) -> dict[str, Any]:
@@ -331,13 +354,19 @@ class _Trainer:
 
     def _restore(self) -> None:
         average, state = runs.load(self.run_dir / "last")
+        if missing := _STATE - set(state):
+            raise UserError(
+                f"{self.run_dir} cannot be resumed: its state lacks {', '.join(sorted(missing))}; start a new run from "
+                f"the weights in {self.run_dir / 'last'}"
+            )
         now = self._same()
         changed = [
             f"{name} was {was} and is {now[name]} now" for name, was in state["same"].items() if was != now[name]
         ]
         if changed:
             raise UserError(f"cannot resume {self.run_dir}: {', '.join(changed)}; resume it as it was started")
-        if state["step"] >= self.plan.steps:
+        logged = bool(state["history"]) and state["history"][-1]["step"] == state["step"]
+        if state["step"] >= self.plan.steps and logged:
             raise UserError(
                 f"{self.run_dir} is finished ({state['step']} of {self.plan.steps} steps); "
                 f"to train longer, start a new run from the weights in {self.run_dir / 'last'}"
@@ -346,7 +375,9 @@ class _Trainer:
             self.raw.load_state_dict(state["model"])
             self.ema.module.load_state_dict(average)
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            for name, average in self.averages.items():
+                average.module.load_state_dict(state["averages"][name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.run_dir} holds another model or optimiser than this one: {error}") from None
         self.meter = Meter.of(state["meter"], self.device)
         self.best, self.history = state["best"], state["history"]
