@@ -3,7 +3,20 @@
 Imports torch and nothing else; Triton only when a GPU tensor arrives.
 """
 
+from .causal_conv1d.op import causal_conv1d
 from .dispatch import backends, choose_backend
 from .selective_scan.op import selective_scan, selective_scan_2d, selective_scan_summary
+from .ssd.op import ssd, ssd_2d, ssd_bidirectional, ssd_noncausal
 
-__all__ = ["backends", "choose_backend", "selective_scan", "selective_scan_2d", "selective_scan_summary"]
+__all__ = [
+    "backends",
+    "causal_conv1d",
+    "choose_backend",
+    "selective_scan",
+    "selective_scan_2d",
+    "selective_scan_summary",
+    "ssd",
+    "ssd_2d",
+    "ssd_bidirectional",
+    "ssd_noncausal",
+]

@@ -94,13 +94,14 @@ def check(dtype: torch.dtype) -> bool:
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of one call with a cold L2."""
+    """Median time of one call with a cold L2; the GPU sleeps first, so that the host's launches are not timed."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     function()
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)
         start.record()
         function()
         end.record()

@@ -6,10 +6,12 @@ states recomputed from the saved chunk starts. A sequence of one chunk needs onl
 """
 
 # num_warps is an argument of every launch that the kernels' signatures do not have:
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ from .reference import COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED, ROWS_RE
 
 MAX_RANK = 32
 """Largest rank of delta that is multiplied out inside the kernels; beyond it the product is formed by torch."""
+TWIN_STATES, TWIN_CHUNK = 16, 64
+"""The Gluon twins take all states at once and keep a chunk's states in shared memory."""
 WANT = {name: 1 << i for i, name in enumerate(("x", "delta", "B", "C", "A", "D", "weight", "bias", "z"))}
 """Bits by which the gradient kernel is told what to compute."""
 
@@ -45,13 +49,38 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _chunking(x: Tensor, orders: tuple[int, ...]) -> tuple[int, int]:
+@cache
+def _gluon() -> ModuleType | None:
+    """The Gluon twins where they can run: NVIDIA's Ampere or later, Triton 3.6 or later."""
+    if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability()[0] < 8:
+        return None
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return None
+    from . import gluon_gradient
+
+    return gluon_gradient
+
+
+def _has_twin(x: Tensor, states: int) -> bool:
+    return x.is_cuda and states <= TWIN_STATES and _gluon() is not None
+
+
+def _pixel_stride(t: Tensor) -> int | None:
+    """Elements from one pixel of (B, H, W, ...) to the next; None if rows do not follow one another so."""
+    _, height, width = t.shape[:3]
+    row, pixel = t.stride()[1:3]
+    if width == 1:
+        return row
+    return pixel if height == 1 or row == width * pixel else None
+
+
+def _chunking(x: Tensor, orders: tuple[int, ...], states: int) -> tuple[int, int]:
     """Chunk length (a multiple of 4) and number of chunks: enough work for a large GPU, few states to combine."""
     sequences, length = sequences_and_length(x, orders)
     warps = sequences * len(orders) * _cdiv(x.shape[3], 64)
-    if length <= 32 or (length <= 256 and warps >= 2048):
+    if length <= 32 or (length <= 256 and warps >= 2048 and not _has_twin(x, states)):
         return _cdiv(length, 4) * 4, 1
-    chunk = 128
+    chunk = TWIN_CHUNK if _has_twin(x, states) else 128
     while chunk > 32 and warps * _cdiv(length, chunk) < 3072:
         chunk //= 2
     count = _cdiv(length, chunk)
@@ -62,7 +91,7 @@ def _chunking(x: Tensor, orders: tuple[int, ...]) -> tuple[int, int]:
 def saved_shape(x: Tensor, orders: tuple[int, ...], groups: int, state: int) -> tuple[int, ...]:
     """Shape of the states that `forward` keeps: (B, W or 1, K, chunks + 1, N, D), or (0,) for one chunk."""
     batch, _, width, channels = x.shape
-    _, count = _chunking(x, orders)
+    _, count = _chunking(x, orders, state)
     if count == 1:
         return (0,)
     return (batch, width if orders[0] >= LINES else 1, len(orders), count + 1, state, channels)
@@ -98,15 +127,21 @@ class _Plan:
     chunk: int
     count: int
     softplus: bool
+    twin: bool
+    elements: int
+    """Of the largest tensor of the call."""
 
     @staticmethod
-    def of(x: Tensor, A: Tensor, Bm: Tensor, weight: Tensor | None, orders: tuple[int, ...], softplus: bool) -> "_Plan":
+    def of(inputs: _Inputs, orders: tuple[int, ...], softplus: bool) -> "_Plan":
+        x, delta, A, Bm, C, _, weight, _, z, _ = inputs
         batch, height, width, channels = x.shape
         rank = 0 if weight is None else weight.shape[2]
-        chunk, count = _chunking(x, orders)
-        return _Plan(
-            batch, height, width, channels, len(orders), Bm.shape[4], A.shape[2], rank, orders, chunk, count, softplus
-        )
+        states = A.shape[2]
+        images = [t for t in (x, delta, Bm, C, z) if t is not None]
+        twin = _has_twin(x, states) and all(_pixel_stride(t) is not None for t in images)
+        sizes = batch, height, width, channels, len(orders), Bm.shape[4], states, rank
+        elements = max(t.numel() for t in images)
+        return _Plan(*sizes, orders, *_chunking(x, orders, states), softplus, twin, elements)
 
     @property
     def is_lines(self) -> bool:
@@ -128,26 +163,46 @@ class _Plan:
     def group_channels(self) -> int:
         return self.channels // self.groups
 
-    @property
-    def tile(self) -> dict[str, int]:
-        """Block sizes: 16 states, two channels a lane; more channels where a channel has few states."""
+    def tile(self, *, gradient: bool = False) -> dict[str, int]:
+        """Block sizes and launch options: 16 states, two channels a lane; more channels where they have few states."""
         states = min(16, triton.next_power_of_2(self.states))
-        wide = 64 if states >= 8 else 128
-        return {
-            "BN": states,
-            "BD": max(32, min(wide, triton.next_power_of_2(self.group_channels))),
-            "RP": triton.next_power_of_2(self.rank) if self.rank else 0,
-            "SOFTPLUS": self.softplus,
-        }
+        width = max(32, triton.next_power_of_2(self.group_channels))
+        common = {"RP": triton.next_power_of_2(self.rank) if self.rank else 0, "SOFTPLUS": self.softplus}
+        if not self.twin:
+            return {"BN": states, "BD": min(64 if states >= 8 else 128, width), "num_warps": 1, **common}
+        states, width = max(4, states), min(64, width)
+        if gradient:
+            lanes = states // 4
+            warps = max(1, min(4, width * lanes // 64))
+            # What lets three programs share a multiprocessor's memory.
+            block = 16 if common["RP"] <= 4 else 8
+            steps = {"SN": 4, "TB": block, "KEPT": TWIN_CHUNK // 8 - 1, "W": warps, "num_warps": warps, "maxnreg": 168}
+        else:
+            warps = width // 32
+            steps = {"SN": min(8, states), "TB": 16, "W": warps, "num_warps": warps, "maxnreg": 128}
+        # Partial sums have a copy of B and C for each block of channels.
+        wide = self.elements * _cdiv(self.group_channels, width) >= 2**31
+        return {"BN": states, "BD": width, "WIDE": wide, **steps, **common}
+
+    def strides(self, t: Tensor | None) -> tuple[int, ...]:
+        """Strides of (B, H, W, ...) but the last; the twins' are (batch, pixel, ...)."""
+        if t is None:
+            return (0,) * 3
+        given = t.stride()[:-1]
+        return (given[0], _pixel_stride(t) or 0, *given[3:]) if self.twin else given
 
     @property
     def state_blocks(self) -> int:
-        return _cdiv(self.states, self.tile["BN"])
+        return _cdiv(self.states, self.tile()["BN"])
+
+    def channel_blocks(self, *, gradient: bool = False) -> int:
+        """Channel blocks of one group."""
+        return _cdiv(self.group_channels, self.tile(gradient=gradient)["BD"])
 
     @property
-    def channel_blocks(self) -> int:
-        """Channel blocks of one group."""
-        return _cdiv(self.group_channels, self.tile["BD"])
+    def kernels(self) -> ModuleType | None:
+        """The twins' module if they are to be used."""
+        return _gluon() if self.twin else None
 
     @property
     def order_bits(self) -> int:
@@ -168,7 +223,8 @@ class _Plan:
         return {
             "height": self.height, "width": self.width, "lines": self.lines, "length": self.length,
             "orders": self.order_bits, "channels": self.channels, "group_channels": self.group_channels,
-            "n_states": self.states, "rank": self.rank, "chunk": self.chunk, "n_chunks": self.count, "one": 1,
+            "n_states": self.states, "rank": self.rank, "chunk": self.chunk, "n_chunks": self.count,
+            **({} if self.twin else {"one": 1}),
         }  # fmt: skip
 
 
@@ -184,6 +240,13 @@ def _full_delta(delta: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bhwkr,kdr->bhwkd", delta.float(), weight.float())
 
 
+def _combine_tile(count: int, is_cuda: bool) -> tuple[int, int, int]:
+    """Columns, chunks at a time and warps of the combination: chunks side by side where one sequence has many."""
+    if not is_cuda:
+        return 64, 2, 1
+    return (128, 8, 1) if count <= 64 else (32, 64, 4) if count <= 1024 else (16, 256, 8)
+
+
 def _chunk_states(
     plan: _Plan, value: Tensor, gate: Tensor | None, row: Tensor, delta: Tensor, weight: Tensor | None, A: Tensor,
     bias: Tensor | None, border: Tensor | None, last: Tensor | None, *, adjoint: bool,
@@ -192,19 +255,19 @@ def _chunk_states(
     shape = (plan.batch, plan.lines, plan.directions, plan.count + 1, plan.states, plan.channels)
     states = A.new_empty(shape)
     decay_sum = A.new_empty(*shape[:3], plan.count, plan.channels)
-    blocks = plan.state_blocks * plan.groups * plan.channel_blocks
-    scan_chunk_kernel[(plan.sequences * plan.directions * plan.count * blocks,)](
+    blocks = plan.state_blocks * plan.groups * plan.channel_blocks()
+    chunk_kernel = plan.kernels.scan_chunk_kernel if plan.kernels else scan_chunk_kernel
+    chunk_kernel[(plan.sequences * plan.directions * plan.count * blocks,)](
         value, gate, row, delta, weight, A, bias, states, decay_sum,
-        value.stride()[:4], (0, 0, 0) if gate is None else gate.stride()[:3], row.stride()[:5], delta.stride()[:4],
-        states.stride(), **plan.geometry, K=plan.directions, **plan.tile, ADJOINT=adjoint, ALIGN=_alignment(row),
-        num_warps=1,
+        plan.strides(value), plan.strides(gate), plan.strides(row), plan.strides(delta), states.stride(),
+        **plan.geometry, K=plan.directions, **plan.tile(), ADJOINT=adjoint, ALIGN=_alignment(row),
     )  # fmt: skip
     size = plan.states * plan.channels
-    block, rows = (128, 8) if states.is_cuda else (64, 2)
+    block, rows, warps = _combine_tile(plan.count, states.is_cuda)
     scan_combine_kernel[(plan.sequences * plan.directions * _cdiv(size, block),)](
         states, decay_sum, A, border, last, _state_strides(border, plan.is_lines), _state_strides(last, plan.is_lines),
         plan.lines, plan.directions, plan.channels, plan.states, plan.count, 1,
-        BC=rows, BE=block, ADJOINT=adjoint, num_warps=1,
+        BC=rows, BE=block, ADJOINT=adjoint, num_warps=warps,
     )  # fmt: skip
     return states
 
@@ -218,7 +281,8 @@ def forward(
     if delta_weight is not None and delta_weight.shape[2] > MAX_RANK:
         delta, delta_weight = _full_delta(delta, delta_weight), None
     delta_weight = None if delta_weight is None else delta_weight.contiguous()
-    plan = _Plan.of(x, A, Bm, delta_weight, orders, softplus)
+    inputs = _Inputs(x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state)
+    plan = _Plan.of(inputs, orders, softplus)
     y = x.new_empty(x.shape if merge else (*x.shape[:3], plan.directions, plan.channels))
     lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
     final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
@@ -244,19 +308,22 @@ def _output(
     total = torch.empty_like(y, dtype=torch.float32) if sweeps > 1 else y
     start, s_start = (initial, _state_strides(initial, plan.is_lines)) if states is None else (states, states.stride())
     axes = plan.axes if merge else [list(range(plan.directions))]
-    s_y = (*y.stride()[:3], 0 if merge else y.stride(3))
-    blocks = plan.groups * plan.channel_blocks
+    s_y = (*plan.strides(y), 0)
+    finish = {"out": y} if plan.twin else {}
+    blocks = plan.groups * plan.channel_blocks()
+    output_kernel = plan.kernels.scan_output_kernel if plan.kernels else scan_output_kernel
     for number, axis in enumerate(axes):
         each, fan = (len(axis), 1) if merge else (1, len(axis))
-        scan_output_kernel[(plan.sequences * fan * plan.count * blocks,)](
+        output_kernel[(plan.sequences * fan * plan.count * blocks,)](
             x, z, Bm, C, delta, weight, A, D, bias, start, final if states is None else None, total,
-            x.stride()[:3], (0, 0, 0) if z is None else z.stride()[:3], Bm.stride()[:5], C.stride()[:5],
-            delta.stride()[:4], s_start, _state_strides(final, plan.is_lines), s_y,
-            **plan.geometry, dirs=_pack(axis), n_dirs=each, fan=fan, is_first=int(number == 0),
-            is_last=int(number == len(axes) - 1), **plan.tile, ACCUMULATE=sweeps > 1,
-            ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C), num_warps=1,
+            s_x=plan.strides(x), s_gate=plan.strides(z), s_b=plan.strides(Bm), s_c=plan.strides(C),
+            s_delta=plan.strides(delta), s_start=s_start, s_final=_state_strides(final, plan.is_lines), s_y=s_y,
+            **finish, **plan.geometry,
+            dirs=_pack(axis), n_dirs=each, fan=fan, is_first=int(number == 0),
+            is_last=int(number == len(axes) - 1), **plan.tile(), ACCUMULATE=sweeps > 1,
+            ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C),
         )  # fmt: skip
-    return total.to(y.dtype)
+    return y if plan.twin else total.to(y.dtype)
 
 
 def backward(
@@ -287,8 +354,10 @@ def _gradients(
     grad_y: Tensor, grad_final: Tensor | None, inputs: _Inputs, saved: Tensor,
     orders: tuple[int, ...], softplus: bool, merge: bool, needs: tuple[bool, ...],
 ) -> list[Tensor | None]:  # fmt: skip
-    x, delta, A, Bm, C, _, weight, bias, z, _ = inputs
-    plan = _Plan.of(x, A, Bm, weight, orders, softplus)
+    x, delta, A, _, C, _, weight, bias, z, _ = inputs
+    plan = _Plan.of(inputs, orders, softplus)
+    if plan.twin and _pixel_stride(grad_y) is None:
+        grad_y = grad_y.contiguous()
     dy = grad_y.unsqueeze(3).expand(-1, -1, -1, plan.directions, -1) if merge else grad_y
     lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
     g_start = A.new_empty(*lead, plan.directions, plan.channels, plan.states) if needs[9] else None
@@ -313,13 +382,19 @@ class _Gradient:
         self.tasks = plan.sequences * plan.count
         processors = 3
         if torch.cuda.is_available():
-            processors = 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        shares = 1
-        while shares < plan.channel_blocks and 2 * self.tasks * plan.groups * shares < 3 * processors:
+            processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+            processors *= 4 if plan.twin else 8
+        blocks = plan.channel_blocks(gradient=True)
+        shares = blocks if plan.twin else 1
+        while shares < blocks and 2 * self.tasks * plan.groups * shares < 3 * processors:
             shares += 1
-        self.per_share = _cdiv(plan.channel_blocks, shares)
-        self.shares = _cdiv(plan.channel_blocks, self.per_share)
-        self.reps = max(1, min(self.tasks, processors // (self.shares * plan.groups)))
+        self.per_share = _cdiv(blocks, shares)
+        self.shares = _cdiv(blocks, self.per_share)
+        if plan.twin:  # several programs for each place, so that the last ones to finish are short
+            each = max(1, self.tasks * self.shares * plan.groups // (4 * processors))
+            self.reps = _cdiv(self.tasks, each)
+        else:
+            self.reps = max(1, min(self.tasks, processors // (self.shares * plan.groups)))
 
     def _partial(self, name: str, like: Tensor, parts: int, again: bool) -> Tensor:
         """Buffer (parts, *like.shape): float32 if it is added to later, else the final dtype; a dummy if unwanted."""
@@ -351,7 +426,14 @@ class _Gradient:
         gc = self._partial("C", C, self.shares, acc["C"])
         pixel_sums = [self._sums(n, t) for n, t in (("A", A), ("D", D), ("weight", weight), ("bias", bias))]
         programs = self.reps * self.shares * plan.groups
-        scratch = A.new_empty(programs * (plan.chunk // 4) * plan.tile["BN"] * plan.tile["BD"])
+        tile = plan.tile(gradient=True)
+        if plan.kernels:
+            kernel = plan.kernels.scan_gradient_kernel
+            gx_out = x.new_empty(x.shape) if self.want & WANT["x"] and acc["x"] else gx[0]
+            own = {"gx_out": gx_out}
+        else:
+            kernel, gx_out = scan_gradient_kernel, None
+            own = {"scratch": A.new_empty(programs * (plan.chunk // 4) * tile["BN"] * tile["BD"])}
         if behind is None:
             start, s_start, after, s_after = initial, _state_strides(initial, plan.is_lines), grad_final, (0,) * 6
             if grad_final is not None:
@@ -359,18 +441,23 @@ class _Gradient:
         else:
             start, s_start, after, s_after = saved, saved.stride(), behind[:, :, :, 1:], behind.stride()
         for number, axis in enumerate(plan.axes):
-            scan_gradient_kernel[(programs,)](
+            kernel[(programs,)](
                 x, z, dy, Bm, C, delta, weight, A, D, bias, start, after,
-                gx, gz, g_delta, gb, gc, *pixel_sums, g_start if behind is None else None, scratch,
-                x.stride()[:3], (0, 0, 0) if z is None else z.stride()[:3], dy.stride()[:4], Bm.stride()[:5],
-                C.stride()[:5], delta.stride()[:4], s_start, s_after, gx.stride()[1:4],
-                (*g_delta.stride()[1:5], g_delta.stride(0)), (*gb.stride()[1:6], gb.stride(0)),
-                (*gc.stride()[1:6], gc.stride(0)), _state_strides(g_start, plan.is_lines),
-                **plan.geometry, K=plan.directions, dirs=_pack(axis), n_dirs=len(axis), is_first=int(number == 0),
-                n_tasks=self.tasks, n_shares=self.shares, per_share=self.per_share, **plan.tile, WANT=self.want,
+                gx=gx, ggate=gz, gdelta=g_delta, gb=gb, gc=gc, ga=pixel_sums[0], gskip=pixel_sums[1],
+                gweight=pixel_sums[2], gbias=pixel_sums[3], gstart=g_start if behind is None else None,
+                s_x=plan.strides(x), s_gate=plan.strides(z), s_dy=plan.strides(dy), s_b=plan.strides(Bm),
+                s_c=plan.strides(C), s_delta=plan.strides(delta), s_start=s_start, s_behind=s_after,
+                s_gx=plan.strides(gx[0]), s_gdelta=(*plan.strides(g_delta[0]), g_delta.stride(0)),
+                s_gb=(*plan.strides(gb[0]), gb.stride(0)), s_gc=(*plan.strides(gc[0]), gc.stride(0)),
+                s_gstart=_state_strides(g_start, plan.is_lines), **own, **plan.geometry, K=plan.directions,
+                dirs=_pack(axis), n_dirs=len(axis), is_first=int(number == 0),
+                **({"is_last": int(number == len(plan.axes) - 1)} if plan.twin else {"per_share": self.per_share}),
+                n_tasks=self.tasks, n_shares=self.shares, **tile, WANT=self.want,
                 ACC=sum(WANT[name] for name, flag in acc.items() if flag),
-                ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C), num_warps=1,
+                ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C),
             )  # fmt: skip
+        if gx_out is not None:
+            gx = gx_out.unsqueeze(0)
         parts = [gx, g_delta, pixel_sums[0], gb, gc, pixel_sums[1], pixel_sums[2], pixel_sums[3], gz]
         return [
             _total(part, like) if need and part is not None and like is not None else None

@@ -35,16 +35,16 @@ DIRECTIONS = {"rows": ROWS, "columns": COLUMNS, "rows_reversed": ROWS_REVERSED, 
 """Names of the reading orders of an image; a reversed one starts at the last pixel."""
 
 
-def _implementation(name: str):
+def _implementation(name: str, x: Tensor, orders: Sequence[int], states: int):
     if name == "torch":
         return torch_path
     if name == "c":
         from . import c_path
 
         return c_path
-    from . import gpu
+    from . import gpu, gpu_small_state
 
-    return gpu
+    return gpu_small_state if gpu_small_state.suits(x, tuple(orders), states) else gpu
 
 
 def _as_given(x: Tensor) -> AbstractContextManager:
@@ -59,7 +59,7 @@ def _scan_op(
     orders: Sequence[int], softplus: bool, merge: bool, need_backward: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Canonical scan: y, final states, and what the backward pass needs."""
-    path = _implementation(choose_backend(backend, x.device, x.dtype))
+    path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
     with _as_given(x):
         return path.forward(
             x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state,
@@ -72,7 +72,7 @@ def _(
     x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, orders, softplus, merge, need_backward, backend
 ):
     batch, height, width, channels = x.shape
-    path = _implementation(choose_backend(backend, x.device, x.dtype))
+    path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
     y = x.new_empty(x.shape if merge else (batch, height, width, len(orders), channels))
     if orders[0] >= LINES:
         final = A.new_empty(batch, width, 1, channels, A.shape[2])
@@ -90,7 +90,7 @@ def _scan_backward_op(
     orders: Sequence[int], softplus: bool, merge: bool, needs: Sequence[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of the inputs."""
-    path = _implementation(choose_backend(backend, x.device, x.dtype))
+    path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
     with _as_given(x):
         found = path.backward(
             grad_y, grad_final, x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, saved,

@@ -76,7 +76,7 @@ CASES = {
 
 def run(case: Case) -> dict[str, float]:
     """Relative RMS error of both outputs and of every gradient; checks dtypes and shapes of the gradients."""
-    gpu._chunking = lambda x, orders: (case.chunk, -(-_length(x, orders) // case.chunk))
+    gpu._chunking = lambda x, orders, states: (case.chunk, -(-_length(x, orders) // case.chunk))
     given = case.inputs()
     wide = [None if t is None else t.double().requires_grad_() for t in given]
     options = dict(orders=case.orders, softplus=case.softplus, merge=case.merge)
@@ -106,7 +106,7 @@ def only_needed() -> dict[str, float]:
     case = Case((1, 1, 4, 2), 2, (0, 3), rank=2, chunk=4)
     given = case.inputs()
     options = dict(orders=case.orders, softplus=True, merge=True)
-    gpu._chunking = lambda x, orders: (4, 1)
+    gpu._chunking = lambda x, orders, states: (4, 1)
     y, final, saved = gpu.forward(*given, **options, need_backward=True)
     grad_y, grad_final = torch.zeros(()).expand(y.shape), torch.ones_like(final)
     needs = tuple(t is not None for t in given)

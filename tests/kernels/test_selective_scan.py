@@ -348,4 +348,6 @@ def test_peak_memory_on_the_gpu_holds_no_copy_of_x():
     before = torch.cuda.memory_allocated()
     y, _ = case.function("triton")(*inputs)
     extra = torch.cuda.max_memory_allocated() - before - y.nbytes
-    assert extra < 4 * inputs[0].nbytes, f"{extra / 2**20:.1f} MiB beyond the result"
+    # The directions add up in float32; besides, there is one state for each chunk of at least 32 steps.
+    sums, states = 4 * y.numel(), 4 * 4 * 16 * y.numel() // 32
+    assert extra < sums + states + y.nbytes, f"{extra / 2**20:.1f} MiB beyond the result"

@@ -1,0 +1,236 @@
+"""SSD in plain torch operators: runs on every device and in every dtype.
+
+Inside a chunk the scan is a product with a triangular matrix; between chunks a short loop carries the state. The
+backward pass works the same way from the saved chunk start states, block by block of chunks, so that neither pass holds
+more [T, T] matrices than a block has.
+
+Shapes: S sequences, Q chunks, M = S * Q, T positions of a chunk, G groups, R = E / G heads of a group, P head_dim, N
+states. Chunks are (M, G, R, T, ...), what the heads of a group share (M, G, 1, T, N).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..selective_scan.reference import read_in_order, step_sizes, write_in_order
+from .reference import REVERSED, length_of, lines_of
+
+_CPU_CHUNK = 64
+"""Longest chunk on the CPU, where the work of the [T, T] matrices outweighs that of the states from here on."""
+_BLOCK = 1 << 22
+"""Numbers in one buffer of a block of chunks."""
+
+
+def _chunk_length(x: Tensor, longest: int) -> int:
+    return min(longest, _CPU_CHUNK) if x.device.type == "cpu" else longest
+
+
+def saved(
+    x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape (K, M, G, R, P, N) and dtype of the chunk start states that `forward` keeps."""
+    count = -(-length_of(x, orders) // _chunk_length(x, chunk))
+    sequences, (heads, head_dim) = x.shape[0] * lines_of(x, orders), x.shape[3:]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (len(orders), sequences * count, groups, heads // groups, head_dim, states), acc
+
+
+class _Direction(NamedTuple):
+    """One direction, cut into chunks, in the type of the sums."""
+
+    u: Tensor  # (M, G, R, T, P)
+    dt: Tensor  # (M, G, R, T)
+    logs: Tensor  # (M, G, R, T) log decays summed up to each position
+    A: Tensor  # (G, R)
+    Bm: Tensor  # (M, G, 1, T, N)
+    C: Tensor  # (M, G, 1, T, N)
+    start: Tensor | None  # (S, G, R, P, N)
+    diagonal: int  # 0; -1 leaves a position's own input out of its output
+
+    @property
+    def from_start(self) -> Tensor:
+        """(M, G, R, T, 1) decay of the chunk's start state up to each position."""
+        return self.logs.exp().unsqueeze(-1)
+
+    @property
+    def to_end(self) -> Tensor:
+        """(M, G, R, T, 1) decay from each position to the chunk's end."""
+        return (self.logs[..., -1:] - self.logs).exp().unsqueeze(-1)
+
+    def block(self, s: slice) -> "_Direction":
+        """Some of the chunks."""
+        return self._replace(u=self.u[s], dt=self.dt[s], logs=self.logs[s], Bm=self.Bm[s], C=self.C[s])
+
+    def decay(self) -> Tensor:
+        """(M, G, R, T, T) decay from input j to output i, 0 where j is not read."""
+        mask = torch.ones(self.dt.shape[-1], self.dt.shape[-1], dtype=torch.bool, device=self.dt.device)
+        difference = self.logs.unsqueeze(-1) - self.logs.unsqueeze(-2)
+        return difference.masked_fill(~mask.tril(self.diagonal), float("-inf")).exp()
+
+
+def _cut(t: Tensor, steps: int, count: int, groups: int) -> Tensor:
+    """(S, L, E or G, ...) -> (M, G, R or 1, T, ...), the end padded with zeros: a zero step changes no state."""
+    missing = steps * count - t.shape[1]
+    if missing:
+        t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], dim=1)
+    return t.unflatten(1, (count, steps)).flatten(0, 1).unflatten(2, (groups, -1)).movedim(1, 3).contiguous()
+
+
+def _join(t: Tensor, count: int, length: int) -> Tensor:
+    """Inverse of `_cut`: (M, G, R, T, ...) -> (S, L, E, ...)."""
+    return t.movedim(3, 1).flatten(2, 3).unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
+
+
+def _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, chunk, softplus, strict) -> _Direction:
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    groups = Bm.shape[4]
+    u, dt_k, b, c = (read_in_order(t, order).to(acc) for t in (x, dt[:, :, :, k], Bm[:, :, :, k], C[:, :, :, k]))
+    steps = step_sizes(dt_k, None, None if dt_bias is None else dt_bias[k], softplus=softplus, dtype=acc)
+    count = -(-u.shape[1] // chunk)
+    a = A[k].unflatten(0, (groups, -1))
+    cut = [_cut(t, chunk, count, groups) for t in (u, steps, b, c)]
+    start = None if initial_state is None else initial_state[:, :, k].flatten(0, 1).unflatten(1, (groups, -1))
+    return _Direction(
+        cut[0], cut[1], (cut[1] * a.unsqueeze(-1)).cumsum(-1), a, cut[2], cut[3], start,
+        -1 if strict and order in REVERSED else 0,
+    )  # fmt: skip
+
+
+def _blocks(d: _Direction) -> list[slice]:
+    chunks, *rest = d.dt.shape
+    size = max(1, _BLOCK // (rest[0] * rest[1] * rest[2] * max(rest[2], d.u.shape[-1], d.Bm.shape[-1])))
+    return [slice(i, i + size) for i in range(0, chunks, size)]
+
+
+def _chain(local: Tensor, decays: Tensor, start: Tensor | None, *, backwards: bool) -> tuple[Tensor, Tensor]:
+    """State before every chunk, in the order of the walk, and the last one.
+
+    Args:
+        local: (S, Q, G, R, P, N) what every chunk adds from zero.
+        decays: (S, Q, G, R) of whole chunks.
+        start: (S, G, R, P, N), or None for zero.
+        backwards: walk from the last chunk to the first.
+    """
+    state = torch.zeros_like(local[:, 0]) if start is None else start
+    states = torch.empty_like(local)
+    for q in reversed(range(local.shape[1])) if backwards else range(local.shape[1]):
+        states[:, q] = state
+        state = torch.addcmul(local[:, q], decays[:, q, :, :, None, None], state)
+    return states.flatten(0, 1), state
+
+
+def _sequences(t: Tensor, count: int) -> Tensor:
+    return t.unflatten(0, (-1, count))
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, *,
+    orders: tuple[int, ...], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, final states and (when a backward pass will come) chunk start states; canonical form of op.py."""
+    batch, height, width = x.shape[:3]
+    length, steps = length_of(x, orders), _chunk_length(x, chunk)
+    count = -(-length // steps)
+    outputs, finals, kept = [], [], []
+    for k, order in enumerate(orders):
+        d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
+        local = (d.u * d.to_end * d.dt.unsqueeze(-1)).transpose(-1, -2) @ d.Bm
+        whole = d.logs[..., -1].exp()
+        starts, final = _chain(_sequences(local, count), _sequences(whole, count), d.start, backwards=False)
+        y = torch.empty_like(d.u)
+        for s in _blocks(d):
+            b = d.block(s)
+            mixing = (b.C @ b.Bm.transpose(-1, -2)) * b.decay() * b.dt.unsqueeze(-2)
+            torch.add(mixing @ b.u, (b.C @ starts[s].transpose(-1, -2)) * b.from_start, out=y[s])
+        if D is not None:
+            y = torch.addcmul(y, d.u, D[k].view(*d.A.shape, 1, 1))
+        y = write_in_order(_join(y, count, length), order, batch, height, width)
+        if merge and outputs:
+            outputs[0] += y
+        else:
+            outputs.append(y.contiguous())
+        finals.append(final.flatten(1, 2).unflatten(0, (batch, -1)))
+        kept.append(starts)
+    y = outputs[0] if merge else torch.stack(outputs, dim=3)
+    saved_states = torch.stack(kept) if need_backward else kept[0].new_empty(0)
+    return y.to(x.dtype), torch.stack(finals, dim=2), saved_states
+
+
+class _Gradients(NamedTuple):
+    """Gradients of one direction's chunks, shaped as its tensors (B and C summed over the heads of a group)."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    Bm: Tensor
+    C: Tensor
+
+
+def _block_backward(d: _Direction, before: Tensor, behind: Tensor, dy: Tensor) -> _Gradients:
+    """One block: states `before` and adjoint states `behind` its chunks (m, G, R, P, N), dy (m, G, R, T, P)."""
+    dt, decay = d.dt.unsqueeze(-1), d.decay()
+    pairs = (dy @ d.u.transpose(-1, -2)) * decay * d.dt.unsqueeze(-2)  # (m, G, R, i, j)
+    products = d.C @ d.Bm.transpose(-1, -2)
+    through = (d.Bm @ behind.transpose(-1, -2)) * d.to_end
+    of_u = (products * decay).transpose(-1, -2) @ dy + through  # by dt u
+    from_before = (dy * d.from_start) @ before
+    of_c = (pairs.sum(2, keepdim=True) @ d.Bm) + from_before.sum(2, keepdim=True)
+    weighted = d.u * dt * d.to_end
+    of_b = (pairs.sum(2, keepdim=True).transpose(-1, -2) @ d.C) + (weighted @ behind).sum(2, keepdim=True)
+    crossing = (pairs * products).tril(-1)  # a log decay at t lies in all pairs j < t <= i
+    later = crossing.sum(-1) - crossing.sum(-2) + (from_before * d.C).sum(-1)
+    earlier = (d.u * dt * through).sum(-1)
+    of_log = later.flip(-1).cumsum(-1).flip(-1) + earlier.cumsum(-1) - earlier
+    of_log = of_log + ((before * behind).sum((-1, -2)) * d.logs[..., -1].exp()).unsqueeze(-1)
+    return _Gradients(
+        u=of_u * dt, dt=(of_u * d.u).sum(-1) + of_log * d.A.unsqueeze(-1), A=(of_log * d.dt).sum((0, -1)), Bm=of_b,
+        C=of_c,
+    )  # fmt: skip
+
+
+def _direction_backward(
+    d: _Direction, starts: Tensor, dy: Tensor, grad_final: Tensor | None, count: int
+) -> tuple[_Gradients, Tensor]:
+    """Gradients of one direction and of its initial state (S, G, R, P, N); dy (M, G, R, T, P)."""
+    local = (dy * d.from_start).transpose(-1, -2) @ d.C
+    whole = _sequences(d.logs[..., -1].exp(), count)
+    behind, of_start = _chain(_sequences(local, count), whole, grad_final, backwards=True)
+    parts = [_block_backward(d.block(s), starts[s], behind[s], dy[s]) for s in _blocks(d)]
+    u, dt, a, b, c = zip(*parts, strict=True)
+    return _Gradients(torch.cat(u), torch.cat(dt), torch.stack(a).sum(0), torch.cat(b), torch.cat(c)), of_start
+
+
+def backward(
+    grad_y: Tensor, grad_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor,
+    D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None, saved: Tensor, *,
+    orders: tuple[int, ...], chunk: int, softplus: bool, merge: bool, strict: bool, needs: tuple[bool, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the eight tensor inputs, in order; None where not needed. Deterministic."""
+    batch, height, width = x.shape[:3]
+    length, steps = length_of(x, orders), _chunk_length(x, chunk)
+    count, groups = -(-length // steps), Bm.shape[4]
+    acc = saved.dtype
+    of_x = torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format)
+    per_k: list[list[Tensor]] = []
+    for k, order in enumerate(orders):
+        d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
+        dy = read_in_order((grad_y if merge else grad_y[:, :, :, k]).to(acc), order)
+        dy = _cut(dy, steps, count, groups)
+        final_k = None if grad_final is None else grad_final[:, :, k].flatten(0, 1).unflatten(1, (groups, -1))
+        g, of_start = _direction_backward(d, saved[k], dy, final_k, count)
+        of_u = g.u if D is None else torch.addcmul(g.u, dy, D[k].view(*d.A.shape, 1, 1))
+        before_softplus = g.dt * -torch.expm1(-d.dt) if softplus else g.dt  # softplus' = 1 - exp(-softplus)
+        before_softplus, of_b, of_c, of_u = (_join(t, count, length) for t in (before_softplus, g.Bm, g.C, of_u))
+        of_x += write_in_order(of_u, order, batch, height, width)
+        image = (write_in_order(t, order, batch, height, width) for t in (before_softplus, of_b, of_c))
+        of_skip = (dy * d.u).sum((0, 3, 4)).flatten()
+        of_start = of_start.flatten(1, 2).unflatten(0, (batch, -1))
+        per_k.append([*image, g.A.flatten(), of_skip, before_softplus.sum((0, 1)), of_start])
+    of_dt, of_b, of_c, of_a, of_skip, of_bias, of_start = (
+        torch.stack(t, dim) for t, dim in zip(zip(*per_k, strict=True), (3, 3, 3, 0, 0, 0, 2), strict=True)
+    )
+    found = (of_x, of_dt, of_a, of_b, of_c, of_skip, of_bias, of_start)
+    inputs = (x, dt, A, Bm, C, D, dt_bias, initial_state)
+    return [g.to(t.dtype) if need and t is not None else None for g, t, need in zip(found, inputs, needs, strict=True)]
