@@ -43,7 +43,7 @@ SCAN = Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["kernels*", "vision_ssm*", "detection*"]), "vision_ssm._configs"],
+    packages=[*find_packages(include=["kernels*", "vision_ssm*", "detection*", "restoration*"]), "vision_ssm._configs"],
     ext_modules=[] if sys.platform == "win32" else [SCAN],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -22,9 +22,14 @@ from typing import Any
 import vision_ssm
 from vision_ssm.errors import UserError
 
-TASKS = {"detect": ("detection.commands", "find objects in pictures: train, score, predict, export")}
+TASKS = {
+    "detect": ("detection.commands", "find objects in pictures: train, score, predict, export"),
+    "restore": ("restoration.commands", "make pictures better: denoise, deblur, enlarge, fill in; train, score"),
+    "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
+}
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}
-EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export"}  # import name -> our extra that brings it
+EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "av": "video"}
+"""Import name -> our extra that brings it."""
 
 _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 

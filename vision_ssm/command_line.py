@@ -71,14 +71,15 @@ def _add_parameter(parser: ArgumentParser, parameter: inspect.Parameter, hint: A
     item = _item_type(hint)
     required = default is inspect.Parameter.empty
     many: dict[str, Any] = {} if item is hint else {"nargs": "+" if required else "*"}
+    flags = ["-o", "--output"] if name == "output" else [f"--{name}"]
     if required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         parser.add_argument(name, type=item, help=text, **many)
     elif required:
-        parser.add_argument(f"--{name}", type=item, required=True, help=text, **many)
+        parser.add_argument(*flags, type=item, required=True, help=text, **many)
     elif hint is bool:
         parser.add_argument(f"--{name}", action=ActionYesNo, default=default, help=text)
     else:
-        parser.add_argument(f"--{name}", type=item, default=default, help=text, **many)
+        parser.add_argument(*flags, type=item, default=default, help=text, **many)
 
 
 def _item_type(hint: Any) -> Any:

@@ -31,7 +31,7 @@ class SS2D(nn.Module):
         init: Rule for the scan's constants, see ``ScanParameters``.
         norm_eps: Epsilon of the layer norm after the scan.
         act: Activation of the convolution and of the gate. Mamba-YOLO's released code uses GELU (its figures show
-            SiLU), VMamba uses SiLU.
+            SiLU), VMamba and MambaIR use SiLU.
         backend: Back end of the scan, see ``kernels.selective_scan_2d``.
     """
 

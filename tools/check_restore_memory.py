@@ -1,0 +1,166 @@
+"""Peak memory of `vssm restore run --max-memory` on a large picture, and whether the result is exact.
+
+    python tools/check_restore_memory.py [--variant base] [--max-memory 1GiB] [--device cpu] [--whole]
+
+Makes a picture and random weights, restores the picture in a process of its own whose memory is watched (on the CPU the
+resident memory of the process, on a GPU what torch allocates there), and compares a small picture, restored whole, with
+its result in strips. With --whole it also restores the large picture at once and compares the estimate with what that
+took. Exit code 1 when the process took more than was allowed after it had loaded the network, the results differ by
+more than 1e-5, or the estimate is below what was taken.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import nn
+
+from restoration.card import WeightsCard
+from restoration.model import VARIANTS, Serpent
+from restoration.picture_reader import read_picture
+from restoration.picture_writer import write_picture
+from restoration.pretrained import save_weights
+from restoration.restorer import PictureRestorer, Route
+from vision_ssm.device import parse_size
+
+EXACT = 1e-5
+SMALL = (255, 258)
+
+
+def make_inputs(folder: Path, variant: str, width: int, height: int) -> None:
+    """Random weights that change the picture, and a picture with detail at all scales."""
+    torch.manual_seed(0)
+    model = Serpent(variant)  # pyright: ignore[reportArgumentType]
+    nn.init.normal_(model.head.out.weight, std=0.02)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    card = WeightsCard(model={"name": "serpent", **model.config}, task="denoise", trained_on="nothing: random weights")
+    save_weights(folder / "weights", model, card)
+    values = np.zeros((height, width, 3))
+    rng = np.random.default_rng(0)
+    for side in (4, 32, 256):
+        cells = rng.random((height // side + 1, width // side + 1, 3))
+        values += np.kron(cells, np.ones((side, side, 1)))[:height, :width] / 3
+    Image.fromarray((values * 255).astype(np.uint8)).save(folder / "picture.png")
+
+
+class Watch:
+    """Context in which the growth of this process's memory on a device is watched."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.grown = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
+
+    def _sample(self) -> None:
+        while not self._done.is_set():
+            self.grown = max(self.grown, self._now() - self._before)
+            time.sleep(0.005)
+
+    def __enter__(self) -> "Watch":
+        self._before = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.grown = max(self.grown, self._now() - self._before)
+
+
+def restore_watched(folder: Path, limit: str, device: str) -> dict[str, float]:
+    """Growth of this process's memory in bytes while it reads, restores and writes the picture; run in a process."""
+    route = Route(max_memory=parse_size(limit) if limit else None)
+    restorer = PictureRestorer.from_pretrained(folder / "weights", None, device=device, route=route)
+    started = time.perf_counter()
+    with Watch(restorer.device) as watch:
+        picture = read_picture(folder / "picture.png")
+        plan = restorer.plan(*picture.size)
+        result = restorer.restore(picture.to_tensor(), scratch=folder / "scratch", say=print)
+        write_picture(folder / "result.png", picture.with_result(result))
+    return {
+        "grown": watch.grown, "seconds": time.perf_counter() - started, "estimate": plan.memory,
+        "scratch": plan.scratch, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def strip_error(folder: Path, device: str) -> float:
+    """Largest difference between strips and the whole picture, on the corner of the picture."""
+    picture = read_picture(folder / "picture.png").to_tensor()[:, : SMALL[0], : SMALL[1]]
+
+    def restored(route: Route) -> torch.Tensor:
+        return PictureRestorer.from_pretrained(folder / "weights", None, device=device, route=route).restore(picture)
+
+    return float((restored(Route(strip=7)) - restored(Route())).abs().max())
+
+
+def in_process(folder: Path, limit: str, device: str) -> dict[str, float]:
+    """`restore_watched` in a process of its own; passes on what it says."""
+    command = [sys.executable, __file__, "--watched", str(folder), "--max-memory", limit, "--device", device]
+    *messages, last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    print(*messages, sep="\n")
+    return json.loads(last)
+
+
+def check_limit(folder: Path, title: str, limit: str, device: str) -> bool:
+    """Restore within a limit; whether it was kept."""
+    found, allowed = in_process(folder, limit, device), parse_size(limit)
+    print(
+        f"{title}, --max-memory {limit}: grew by {found['grown'] / 2**20:.0f} MiB of {allowed / 2**20:.0f} allowed, "
+        f"{found['seconds']:.0f} s on {device} ({found['threads']} threads), {found['scratch'] / 2**20:.0f} MiB of "
+        "scratch files"
+    )
+    return found["grown"] <= allowed
+
+
+def check_estimate(folder: Path, title: str, device: str) -> bool:
+    """Restore at once; whether the estimate was enough."""
+    found = in_process(folder, "", device)
+    print(
+        f"{title}, at once: grew by {found['grown'] / 2**20:.0f} MiB, estimated {found['estimate'] / 2**20:.0f}, "
+        f"{found['seconds']:.0f} s"
+    )
+    return found["grown"] <= found["estimate"]
+
+
+def main() -> int:
+    """Run the check; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="base", choices=list(VARIANTS))
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--height", type=int, default=1022)
+    parser.add_argument("--max-memory", default="1GiB")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--watched", type=Path, help=argparse.SUPPRESS)  # the folder, in the process that is watched
+    given = parser.parse_args()
+    if given.watched is not None:
+        print(json.dumps(restore_watched(given.watched, given.max_memory, given.device)))
+        return 0
+    title = f"{given.variant}, {given.width}x{given.height}"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(folder, given.variant, given.width, given.height)
+        kept = [check_limit(folder, title, given.max_memory, given.device)]
+        if given.whole:
+            kept.append(check_estimate(folder, title, given.device))
+        error = strip_error(folder, given.device)
+    print(f"strips differ from the whole picture by {error:.1e}")
+    return int(not all(kept) or error > EXACT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
