@@ -49,6 +49,11 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n (Triton's own takes microseconds, several times a launch)."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def _gluon() -> ModuleType | None:
     """The Gluon twins where they can run: NVIDIA's Ampere or later, Triton 3.6 or later."""
@@ -165,9 +170,9 @@ class _Plan:
 
     def tile(self, *, gradient: bool = False) -> dict[str, int]:
         """Block sizes and launch options: 16 states, two channels a lane; more channels where they have few states."""
-        states = min(16, triton.next_power_of_2(self.states))
-        width = max(32, triton.next_power_of_2(self.group_channels))
-        common = {"RP": triton.next_power_of_2(self.rank) if self.rank else 0, "SOFTPLUS": self.softplus}
+        states = min(16, _power_of_2(self.states))
+        width = max(32, _power_of_2(self.group_channels))
+        common = {"RP": _power_of_2(self.rank) if self.rank else 0, "SOFTPLUS": self.softplus}
         if not self.twin:
             return {"BN": states, "BD": min(64 if states >= 8 else 128, width), "num_warps": 1, **common}
         states, width = max(4, states), min(64, width)

@@ -5,6 +5,9 @@ from typing import Literal
 
 from vision_ssm.errors import UserError
 
+WIDEST = 0.28
+"""A power-function average cannot be much wider: 12 ** -0.5 is the mean of all steps."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -60,10 +63,16 @@ class EmaConfig:
 
     decay: float = 0.9999
     warmup_steps: int = 2000
+    power_widths: tuple[float, ...] = ()
+    """Relative widths of power-function averages (Karras et al. 2024, section 3.1), such as [0.05, 0.1], that are kept
+    besides, in ``averages/WIDTH`` of the run; 0.1 averages over about the last tenth of the run, however long it is."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.decay < 1, "decay", self.decay, "a number from 0 to below 1")
         _require(self.warmup_steps > 0, "warmup_steps", self.warmup_steps, "a positive number")
+        widths = self.power_widths
+        sensible = all(0 < width < WIDEST for width in widths) and len(set(widths)) == len(widths)
+        _require(sensible, "power_widths", widths, f"different numbers above 0 and below {WIDEST}")
 
 
 @dataclass(frozen=True)
