@@ -24,9 +24,9 @@ from detection.exported import peak_memory
 from detection.head import STRIDES, DetectionHead
 from detection.loss import DetectionLoss
 from detection.model import SCALES, MambaYOLO, SizeName
-from detection.predict import choose_device
 from detection.pretrained import load_model, resolve_weights
 from detection.summary import COUNTING, summarize
+from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable, write_text
 

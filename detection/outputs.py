@@ -15,7 +15,7 @@ from tqdm import tqdm
 from detection.predict import Detector
 from detection.predict_options import PredictOptions
 from detection.prediction import Prediction
-from detection.sources import is_video, media_files
+from vision_ssm.data.media import is_video, named_files
 from vision_ssm.data.video import video_info, video_writer
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable, write_text
@@ -78,32 +78,6 @@ def run_predict(
         print(f"not read: {error}", file=sys.stderr)
     print(f"{tally.summary(detector.names)}, {len(failed)} not read; written to {output}")
     return 1 if failed else 0
-
-
-def named_files(sources: Sequence[str | Path], output: Path) -> dict[Path, Path]:
-    """Each picture and video of the sources, once, with the name its results get below the output folder.
-
-    The name is the path below the folder that was given, else the file's name; a second one of the same name gets
-    a number. What lies in the output folder is left out of folders and patterns.
-    """
-    files: dict[Path, Path] = {}
-    used: set[str] = set()
-    for source in sources:
-        root = Path(source)
-        for path in media_files(source):
-            if path in files or (path != root and path.resolve().is_relative_to(output.resolve())):
-                continue
-            name = path.relative_to(root) if root.is_dir() else Path(path.name)
-            # Without endings, because labels of a.jpg and a.png would have the same name.
-            stem, number = name.with_suffix(""), 1
-            while str(stem).lower() in used:
-                number += 1
-                stem = name.with_name(f"{name.stem}_{number}")
-            used.add(str(stem).lower())
-            files[path] = stem.with_name(stem.name + name.suffix)
-    if not files:
-        raise UserError(f"nothing to look at in {', '.join(map(str, sources)) or 'no source'} outside {output}")
-    return files
 
 
 @dataclass

@@ -20,6 +20,7 @@ from detection.prediction import Prediction
 from detection.pretrained import load_model
 from detection.sources import Frame, OnError, Source, read_source
 from detection.tiles import merge_tiles, tile_boxes
+from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 
 T = TypeVar("T")
@@ -173,23 +174,6 @@ def _to_picture(found: dict[str, Tensor], geometry: tuple[float, float, float], 
     boxes = to_native(found["boxes"].cpu(), torch.tensor(geometry), (y2 - y1, x2 - x1))
     shifted = boxes + boxes.new_tensor([x1, y1, x1, y1])
     return {"boxes": shifted, "scores": found["scores"].cpu(), "labels": found["labels"].cpu()}
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to run on: for "auto" CUDA, else Apple's GPU, else the CPU.
-
-    Raises:
-        UserError: not a device, or not on this machine.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used: {reason}; take auto, cpu or cuda") from error
 
 
 def _parts(frame: Frame, options: PredictOptions) -> list[tuple[int, int, int, int]]:

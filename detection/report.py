@@ -8,8 +8,8 @@ from detection.evaluate import collect_detections, score
 from detection.formats import load_detection_set
 from detection.metrics import Metrics
 from detection.plots import plot_confusion, plot_history, plot_labels, plot_precision_recall, save_samples
-from detection.predict import choose_device
 from detection.pretrained import load_model
+from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable, write_text
 

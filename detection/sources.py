@@ -1,6 +1,5 @@
 """What a detector can look at: files, folders, patterns, videos, arrays, Pillow pictures, tensors, lists of these."""
 
-import glob
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vision_ssm.data.images import list_images, read_image
-from vision_ssm.data.video import VIDEO_SUFFIXES, read_frames
+from vision_ssm.data.images import read_image
+from vision_ssm.data.media import is_video, media_files
+from vision_ssm.data.video import read_frames
 from vision_ssm.errors import UserError
 
 Source = str | Path | np.ndarray | Image.Image | torch.Tensor | Iterable[Any]
@@ -33,33 +33,6 @@ class Frame:
     image: np.ndarray
     path: Path | None = None
     index: int | None = None
-
-
-def is_video(path: Path) -> bool:
-    """Whether the ending is that of a video."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def media_files(source: str | Path) -> list[Path]:
-    """Pictures and videos named by a file, a folder (searched to any depth) or a glob pattern, sorted by path.
-
-    Raises:
-        UserError: nothing is there, or nothing of it is a picture or a video.
-    """
-    path = Path(source)
-    if path.is_dir():
-        candidates = path.rglob("*")
-    elif path.exists():
-        return [path]
-    else:
-        candidates = map(Path, glob.glob(str(source), recursive=True))
-    videos = [file for file in candidates if is_video(file) and file.is_file()]
-    try:
-        return sorted([*list_images(source), *videos])
-    except UserError:
-        if not videos:
-            raise
-        return sorted(videos)
 
 
 def read_source(source: Source, on_error: OnError | None = None) -> Iterator[Frame]:

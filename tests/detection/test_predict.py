@@ -22,12 +22,13 @@ from detection.letterbox import letterbox
 from detection.model import MambaYOLO
 from detection.outputs import run_predict
 from detection.postprocess import postprocess, to_native
-from detection.predict import Detector, choose_device
+from detection.predict import Detector
 from detection.predict_options import PredictOptions
 from detection.tiles import merge_tiles, tile_boxes
 from vision_ssm.checkpoint import save_checkpoint
 from vision_ssm.data.images import read_image
 from vision_ssm.data.video import read_frames, video_writer
+from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.viz import save_picture
 
