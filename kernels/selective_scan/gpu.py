@@ -346,12 +346,24 @@ def backward(
     if delta_weight is None or delta_weight.shape[2] <= MAX_RANK:
         return _gradients(grad_y, grad_final, inputs, saved, orders, softplus, merge, needs)
     full = inputs._replace(delta=_full_delta(delta, delta_weight), weight=None)
-    inner = (needs[0], needs[1] or needs[6], *needs[2:6], False, *needs[7:])
-    found = _gradients(grad_y, grad_final, full, saved, orders, softplus, merge, inner)
-    if (g := found[1]) is not None:
-        low = torch.einsum("bhwkd,kdr->bhwkr", g, delta_weight.float()).to(delta.dtype)
-        weight = torch.einsum("bhwkd,bhwkr->kdr", g, delta.float()).to(delta_weight.dtype)
-        found[1], found[6] = low if needs[1] else None, weight if needs[6] else None
+    found = _gradients(grad_y, grad_final, full, saved, orders, softplus, merge, needs_of_full_delta(needs))
+    return back_to_low_rank(found, delta, delta_weight, needs)
+
+
+def needs_of_full_delta(needs: tuple[bool, ...]) -> tuple[bool, ...]:
+    """What is needed where torch has multiplied delta and its weight out."""
+    return (needs[0], needs[1] or needs[6], *needs[2:6], False, *needs[7:])
+
+
+def back_to_low_rank(
+    found: list[Tensor | None], delta: Tensor, weight: Tensor, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients with that of the full delta (B, H, W, K, D) turned into those of the low-rank delta and its weight."""
+    full = found[1]
+    if full is not None:
+        low = torch.einsum("bhwkd,kdr->bhwkr", full, weight.float()).to(delta.dtype) if needs[1] else None
+        turned = torch.einsum("bhwkd,bhwkr->kdr", full, delta.float()).to(weight.dtype) if needs[6] else None
+        found[1], found[6] = low, turned
     return found
 
 

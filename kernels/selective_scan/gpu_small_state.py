@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .gpu import MAX_RANK, WANT, _full_delta, _Inputs, _on, _pack
+from .gpu import MAX_RANK, WANT, _full_delta, _Inputs, _on, _pack, back_to_low_rank, needs_of_full_delta
 from .gpu_small_gradient import small_gradient_kernel
 from .gpu_small_kernels import small_forward_kernel
 from .reference import COLUMNS, COLUMNS_REVERSED, LINES, LINES_REVERSED, ROWS_REVERSED, sequences_and_length
@@ -250,13 +250,8 @@ def backward(
         inputs = _Inputs(x, _even(delta, orders), A, Bm, C, D, weight, delta_bias, z, None)
         return _gradients(grad_y, grad_final, inputs, saved, orders, softplus, merge, needs)
     inputs = _Inputs(x, _full_delta(delta, delta_weight), A, Bm, C, D, None, delta_bias, z, None)
-    inner = (needs[0], needs[1] or needs[6], *needs[2:6], False, *needs[7:])
-    found = _gradients(grad_y, grad_final, inputs, saved, orders, softplus, merge, inner)
-    if (g := found[1]) is not None:
-        low = torch.einsum("bhwkd,kdr->bhwkr", g, delta_weight.float()).to(delta.dtype)
-        full = torch.einsum("bhwkd,bhwkr->kdr", g, delta.float()).to(delta_weight.dtype)
-        found[1], found[6] = low if needs[1] else None, full if needs[6] else None
-    return found
+    found = _gradients(grad_y, grad_final, inputs, saved, orders, softplus, merge, needs_of_full_delta(needs))
+    return back_to_low_rank(found, delta, delta_weight, needs)
 
 
 def _gradients(
