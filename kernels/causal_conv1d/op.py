@@ -5,13 +5,12 @@ axis that is read, B the axes before it and W those after it; weight (D, T); bia
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_backend, why_not
+from ..operators import as_given, choose_without_c, refuse_second_derivative
 from ..selective_scan import checks, export_path
 from . import torch_path
 from .reference import causal_conv1d_reference
@@ -19,15 +18,6 @@ from .reference import causal_conv1d_reference
 Backend = Literal["auto", "reference", "torch", "triton"]
 MAX_WIDTH = 16
 """Largest number of taps: the kernels keep a window of that many inputs in registers."""
-
-
-def _choose(backend: str, x: Tensor) -> str:
-    """The back end to run; there is no C path for this operator."""
-    if backend == "c":
-        raise RuntimeError("causal_conv1d has no backend='c'; choose one of auto, reference, torch, triton")
-    if backend == "auto":
-        return "torch" if why_not("triton", x.device, x.dtype) else "triton"
-    return choose_backend(backend, x.device, x.dtype)
 
 
 def _implementation(name: str):
@@ -38,19 +28,14 @@ def _implementation(name: str):
     return gpu
 
 
-def _as_given(x: Tensor) -> AbstractContextManager:
-    """Context without autocast: the operator computes in the dtypes it is given."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 @torch.library.custom_op("vision_ssm::causal_conv1d", mutates_args=())
 def _conv_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
     silu: bool, reverse: bool, want_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Canonical convolution: y and the final state (empty if not wanted)."""
-    path = _implementation(_choose(backend, x))
-    with _as_given(x):
+    path = _implementation(choose_without_c("causal_conv1d", backend, x.device, x.dtype))
+    with as_given(x):
         return path.forward(
             x, weight, bias, initial_state, silu=silu, reverse=reverse, want_final=want_final
         )  # fmt: skip
@@ -69,8 +54,8 @@ def _conv_backward_op(
     initial_state: Tensor | None, silu: bool, reverse: bool, needs: Sequence[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of the inputs."""
-    path = _implementation(_choose(backend, x))
-    with _as_given(x):
+    path = _implementation(choose_without_c("causal_conv1d", backend, x.device, x.dtype))
+    with as_given(x):
         found = path.backward(
             grad_y, grad_final, x, weight, bias, initial_state, silu=silu, reverse=reverse, needs=tuple(needs)
         )
@@ -104,14 +89,7 @@ def _backward(ctx, grad_y, grad_final):
 _conv_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "causal_conv1d: second derivatives exist only in the reference back end; pass backend='reference' (slow), "
-        "or call backward without create_graph"
-    )
-
-
-_conv_backward_op.register_autograd(_refuse_second_derivative)
+_conv_backward_op.register_autograd(refuse_second_derivative("causal_conv1d"))
 
 
 def causal_conv1d(
@@ -154,13 +132,14 @@ def causal_conv1d(
     tensors = (canonical, weight.contiguous(), None if bias is None else bias.contiguous(), start)
     silu = activation == "silu"
     if backend == "reference":
-        with _as_given(x):
+        with as_given(x):
             y, final = causal_conv1d_reference(*tensors, silu=silu, reverse=reverse)
     elif export_path.active():
         y, final = torch_path.forward(*tensors, silu=silu, reverse=reverse, want_final=return_final_state)
     else:
         if not torch.compiler.is_compiling():
-            _choose(backend, x)  # an error here reads better than inside the operator
+            # An error here reads better than inside the operator.
+            choose_without_c("causal_conv1d", backend, x.device, x.dtype)
         y, final = _conv_op(*tensors, silu, reverse, return_final_state, backend)
     y = y.reshape(x.shape)
     return (y, final.reshape(*before, width - 1, *after, x.shape[-1])) if return_final_state else y

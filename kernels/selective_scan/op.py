@@ -11,13 +11,13 @@ is a set of lines: H is the scanned axis, B the axes before it, W the axes after
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend
+from ..operators import as_given, refuse_second_derivative
 from . import checks, export_path, torch_path
 from .reference import (
     COLUMNS,
@@ -47,11 +47,6 @@ def _implementation(name: str, x: Tensor, orders: Sequence[int], states: int):
     return gpu_small_state if gpu_small_state.suits(x, tuple(orders), states) else gpu
 
 
-def _as_given(x: Tensor) -> AbstractContextManager:
-    """Context without autocast, which would cast the matrix products inside down to half precision."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 @torch.library.custom_op("vision_ssm::selective_scan", mutates_args=())
 def _scan_op(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
@@ -60,7 +55,7 @@ def _scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Canonical scan: y, final states, and what the backward pass needs."""
     path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
-    with _as_given(x):
+    with as_given(x):
         return path.forward(
             x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state,
             orders=tuple(orders), softplus=softplus, merge=merge, need_backward=need_backward,
@@ -91,7 +86,7 @@ def _scan_backward_op(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of the inputs."""
     path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
-    with _as_given(x):
+    with as_given(x):
         found = path.backward(
             grad_y, grad_final, x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, saved,
             orders=tuple(orders), softplus=softplus, merge=merge, needs=tuple(needs),
@@ -145,14 +140,7 @@ def _backward(ctx, grad_y, grad_final, _):
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "selective_scan: second derivatives exist only in the reference back end; pass backend='reference' (slow), "
-        "or call backward without create_graph"
-    )
-
-
-_scan_backward_op.register_autograd(_refuse_second_derivative)
+_scan_backward_op.register_autograd(refuse_second_derivative("selective_scan"))
 
 
 def _canonical_scan(
@@ -167,7 +155,7 @@ def _canonical_scan(
     optional = (D, delta_weight, delta_bias, z, initial_state)
     tensors = (x, delta, A.contiguous(), Bm, C, *optional)
     if backend == "reference":
-        with _as_given(x):
+        with as_given(x):
             return selective_scan_reference(*tensors, orders=orders, softplus=softplus, merge=merge)
     need_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not torch.compiler.is_compiling():
@@ -404,6 +392,6 @@ def selective_scan_summary(
         dim=dim, return_final_state=True, backend=backend,
     )  # fmt: skip
     acc = torch.float64 if u.dtype == torch.float64 else torch.float32
-    with _as_given(u):
+    with as_given(u):
         steps = step_sizes(delta, delta_weight, delta_bias, softplus=softplus, dtype=acc)
     return final, steps.sum(dim)

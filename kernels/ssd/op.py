@@ -10,27 +10,18 @@ reading order per direction (kernels/selective_scan/reference.py). States are (B
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_backend, why_not
+from ..operators import as_given, choose_without_c, refuse_second_derivative
 from ..selective_scan.op import DIRECTIONS
 from ..selective_scan.reference import LINES, LINES_REVERSED, step_sizes
 from . import checks, torch_path
 from .reference import lines_of, ssd_reference
 
 Backend = Literal["auto", "reference", "torch", "triton"]
-
-
-def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend == "auto":
-        return "torch" if why_not("triton", device, dtype) else "triton"
-    if backend == "c":
-        raise ValueError("backend='c': SSD has no C form; choose one of auto, reference, torch, triton")
-    return choose_backend(backend, device, dtype)
 
 
 def _implementation(name: str):
@@ -41,11 +32,6 @@ def _implementation(name: str):
     return gpu
 
 
-def _as_given(x: Tensor) -> AbstractContextManager:
-    """Context without autocast, which would cast the matrix products inside down to half precision."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 @torch.library.custom_op("vision_ssm::ssd", mutates_args=())
 def _ssd_op(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
@@ -53,8 +39,8 @@ def _ssd_op(
     orders: Sequence[int], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Canonical SSD: y, final states, and what the backward pass needs."""
-    path = _implementation(_choose(backend, x.device, x.dtype))
-    with _as_given(x):
+    path = _implementation(choose_without_c("ssd", backend, x.device, x.dtype))
+    with as_given(x):
         return path.forward(
             x, dt, A, Bm, C, D, dt_bias, initial_state, orders=tuple(orders), chunk=chunk, softplus=softplus,
             merge=merge, strict=strict, need_backward=need_backward,
@@ -64,7 +50,7 @@ def _ssd_op(
 @_ssd_op.register_fake
 def _(x, dt, A, Bm, C, D, dt_bias, initial_state, orders, chunk, softplus, merge, strict, need_backward, backend):
     batch, height, width, heads, head_dim = x.shape
-    path = _implementation(_choose(backend, x.device, x.dtype))
+    path = _implementation(choose_without_c("ssd", backend, x.device, x.dtype))
     y = x.new_empty(x.shape if merge else (batch, height, width, len(orders), heads, head_dim))
     orders = tuple(orders)
     final = A.new_empty(batch, lines_of(x, orders), len(orders), heads, head_dim, Bm.shape[5])
@@ -80,8 +66,8 @@ def _ssd_backward_op(
     orders: Sequence[int], chunk: int, softplus: bool, merge: bool, strict: bool, needs: Sequence[bool], backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients that are needed, in the order of the inputs."""
-    path = _implementation(_choose(backend, x.device, x.dtype))
-    with _as_given(x):
+    path = _implementation(choose_without_c("ssd", backend, x.device, x.dtype))
+    with as_given(x):
         found = path.backward(
             grad_y, grad_final, x, dt, A, Bm, C, D, dt_bias, initial_state, saved, orders=tuple(orders), chunk=chunk,
             softplus=softplus, merge=merge, strict=strict, needs=tuple(needs),
@@ -131,14 +117,7 @@ def _backward(ctx, grad_y, grad_final, _):
 _ssd_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "ssd: second derivatives exist only in the reference back end; pass backend='reference' (slow), "
-        "or call backward without create_graph"
-    )
-
-
-_ssd_backward_op.register_autograd(_refuse_second_derivative)
+_ssd_backward_op.register_autograd(refuse_second_derivative("ssd"))
 
 
 def _canonical_ssd(
@@ -149,9 +128,9 @@ def _canonical_ssd(
     """Outputs and final states of checked tensors in canonical form; the small ones are made contiguous here."""
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
     tensors = (x, dt, A.contiguous(), Bm, C, D, dt_bias, initial_state)
-    name = _choose(backend, x.device, x.dtype) if not torch.compiler.is_compiling() else backend
+    name = choose_without_c("ssd", backend, x.device, x.dtype) if not torch.compiler.is_compiling() else backend
     if name == "reference":
-        with _as_given(x):
+        with as_given(x):
             return ssd_reference(*tensors, orders=orders, softplus=softplus, merge=merge, strict=strict)
     need_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final, _ = _ssd_op(*tensors, list(orders), chunk, softplus, merge, strict, need_backward, backend)
@@ -346,7 +325,7 @@ def ssd_noncausal(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     operand = x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else acc
     groups = B.shape[-2]
-    with _as_given(x):
+    with as_given(x):
         weight = step_sizes(dt, None, dt_bias, softplus=softplus, dtype=acc) * A.abs()
         u, weight = x.flatten(1, -3), weight.flatten(1, -2).unsqueeze(-1)  # (B, L, E, P), (B, L, E, 1)
         rows = (u * weight).to(operand).unflatten(2, (groups, -1)).flatten(3).permute(0, 2, 3, 1)  # (B, G, EP, L)

@@ -238,10 +238,11 @@ def test_errors_name_the_argument(changes, message):
         causal_conv1d(**(dict(x=torch.zeros(2, 9, 5), weight=torch.zeros(5, 4)) | changes))
 
 
-@pytest.mark.parametrize("backend, reason", [("triton", "it runs on a GPU"), ("c", "no backend='c'")])
-def test_a_back_end_that_cannot_run_says_why(backend, reason):
-    with pytest.raises(RuntimeError, match=reason):
-        causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 2), backend=backend)
+def test_a_back_end_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="it runs on a GPU"):
+        causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 2), backend="triton")
+    with pytest.raises(ValueError, match="no backend='c'"):
+        causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 2), backend="c")
 
 
 @pytest.fixture(scope="module")

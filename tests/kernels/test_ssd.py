@@ -293,7 +293,7 @@ BAD_CALLS = {
     "chunk": (dict(chunk=0), "chunk: got 0"),
     "empty": (dict(x=ZEROS(0, 7, 4, 3), dt=ZEROS(0, 7, 4), B=ZEROS(0, 7, 2, 5), C=ZEROS(0, 7, 2, 5)), "empty"),
     "backend": (dict(backend="cuda"), "choose one of auto"),
-    "C back end": (dict(backend="c"), "SSD has no C form"),
+    "C back end": (dict(backend="c"), "ssd has no backend=.c."),
 }  # fmt: skip
 
 
