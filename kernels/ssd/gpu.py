@@ -38,10 +38,10 @@ def saved(
 
 
 def _decays(plan: Plan, inputs: Inputs, softplus: bool) -> tuple[Tensor, Tensor]:
-    """Step sizes and summed log2 decays, both (S, K, E, Q, T) float32."""
+    """Step sizes (S, K, E, Q, T) and summed log2 decays (S, K, E, Q, 2, T), each as two float32."""
     dt = inputs.dt.unsqueeze(-1)
     steps = inputs.A.new_empty(plan.sequences, plan.directions, plan.heads, plan.count, plan.chunk)
-    decays = torch.empty_like(steps)
+    decays = steps.new_empty((*steps.shape[:-1], 2, steps.shape[-1]))
     for axis in plan.axes:
         programs = plan.sequences * plan.count * len(axis.directions) * cdiv(plan.heads, plan.block_e)
         ssd_decay_kernel[(programs,)](

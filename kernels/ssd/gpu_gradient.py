@@ -15,6 +15,7 @@ import triton.language as tl
 from ..selective_scan.gpu_kernels import exp2, sigmoid
 from .gpu_kernels import (
     GEOMETRY,
+    decay_between,
     direction,
     in_reading_order,
     load_decays,
@@ -27,10 +28,10 @@ from .gpu_kernels import (
 
 
 @triton.jit
-def transposed_decay(decay, T: tl.constexpr, backwards, strict):
+def transposed_decay(decay, T: tl.constexpr, backwards, strict, CT: tl.constexpr):
     """[j, i] decay from input j to output i, 0 where j is not read."""
     mask = triangle(T, backwards, strict, True)
-    return exp2(tl.where(mask, decay[None, :] - decay[:, None], float("-inf")))
+    return exp2(tl.where(mask, decay_between(decay, 1, CT), float("-inf")))
 
 
 @triton.jit(do_not_specialize=[*(g for g in GEOMETRY if g != "n_dirs"), "strict"])
@@ -67,7 +68,7 @@ def ssd_input_gradient_kernel(
     for d in tl.static_range(DIRS):
         k, backwards = direction(dirs, d)
         at = slot(s, k, e, c, K, heads, n_chunks)
-        step, decay, end = load_decays(steps, decays, at, T, backwards)
+        step, decay, end = load_decays(steps, decays, at, T, backwards, CT)
         rows_dy = positions(s_dy, s, lines, t, inner) + k * s_dy[5]
         dyt = load_rows(dy + e * s_dy[4], rows_dy, p, ok, p_ok, ALIGN_DY, CT)
         rows_b = positions(s_b, s, lines, t, inner) + g * s_b[4] + k * s_b[5]
@@ -82,8 +83,8 @@ def ssd_input_gradient_kernel(
             h = load_state(behind + at * head_dim * n_states, p, n, head_dim, n_states, CT)
             products = tl.dot(b, tl.trans(ct), products, input_precision=PREC)
             gu = tl.dot(b, tl.trans(h), gu, input_precision=PREC)
-        gu = gu * exp2(end - decay)[:, None]
-        mixing = (transposed_decay(decay, T, backwards, strict) * products).to(CT)
+        gu = gu * exp2(end[1])[:, None]
+        mixing = (transposed_decay(decay, T, backwards, strict, CT) * products).to(CT)
         if gstep is not None:
             part = pb * s_part + at * T + i
             through = tl.sum(gu * xt, axis=1)
@@ -152,23 +153,23 @@ def ssd_projection_gradient_kernel(
         dyt = load_rows(dy + e * s_dy[4], rows_dy, p, ok, p_ok, ALIGN_DY, CT)
         h = load_state(states + at * head_dim * n_states, p, n, head_dim, n_states, CT)
         after = load_state(behind + at * head_dim * n_states, p, n, head_dim, n_states, CT)
-        step, decay, end = load_decays(steps, decays, at, T, backwards)
+        step, decay, end = load_decays(steps, decays, at, T, backwards, CT)
         part = (nb * blocks_p + pb) * s_part + at
         xdy = tl.dot(xt, tl.trans(dyt), input_precision=PREC)
         if gskip is not None:  # noqa: SIM102 (the first condition is decided at compile time)
             if nb == 0:
                 tl.store(gskip + pb * s_part + at, tl.sum(tl.where(i[:, None] == i[None, :], xdy, 0.0)))
-        pairs += xdy * transposed_decay(decay, T, backwards, strict) * step[:, None]
+        pairs += xdy * transposed_decay(decay, T, backwards, strict, CT) * step[:, None]
         if gb is not None:
-            weighted = (xt.to(tl.float32) * (step * exp2(end - decay))[:, None]).to(CT)
+            weighted = (xt.to(tl.float32) * (step * exp2(end[1]))[:, None]).to(CT)
             sum_b = tl.dot(weighted, after, sum_b, input_precision=PREC)
-        decayed = (dyt.to(tl.float32) * exp2(decay)[:, None]).to(CT)
+        decayed = (dyt.to(tl.float32) * exp2(decay[0])[:, None]).to(CT)
         through = tl.dot(decayed, h, input_precision=PREC)
         sum_c += through
         if gout is not None:
             cn = load_rows(cm, rows_c, n, ok, n_ok, ALIGN_C, CT)
             tl.store(gout + part * T + i, tl.sum(through * cn, axis=1))
-            tl.store(gpath + part, tl.sum(h.to(tl.float32) * after.to(tl.float32)) * exp2(end))
+            tl.store(gpath + part, tl.sum(h.to(tl.float32) * after.to(tl.float32)) * exp2(end[0]))
     rows = share * s_gb[6] + positions(s_gb, s, lines, t, inner) + g * s_gb[4] + k * s_gb[5]
     out = rows[:, None] + n[None, :]
     live = ok[:, None] & n_ok[None, :]
@@ -220,9 +221,10 @@ def ssd_step_gradient_kernel(
     later = sum_parts(gdecay, turned, e_ok[None, :], parts_p, s_part * T)
     later += sum_parts(gout, turned, e_ok[None, :], parts_np, s_part * T)
     tl.debug_barrier()
-    tl.store(gdecay + turned, tl.cumsum(later, 0), mask=e_ok[None, :])
+    tl.store(gdecay + turned, tl.cumsum(later.to(tl.float64), 0).to(tl.float32), mask=e_ok[None, :])
     tl.debug_barrier()
-    glog = tl.load(gdecay + offs, mask=ok, other=0.0) + (tl.cumsum(before, 0) - before) + path[None, :]
+    earlier = (tl.cumsum(before.to(tl.float64), 0) - before).to(tl.float32)
+    glog = tl.load(gdecay + offs, mask=ok, other=0.0) + earlier + path[None, :]
     glog = tl.where(ok, glog, 0.0)
     decay = tl.load(a + k * heads + e, mask=e_ok, other=0.0)
     g = sum_parts(gstep, offs, ok, parts_p, s_part * T) + glog * decay[None, :]

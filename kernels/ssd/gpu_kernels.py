@@ -65,11 +65,33 @@ def in_reading_order(T: tl.constexpr, backwards):
 
 
 @triton.jit
-def load_decays(steps, decays, at, T: tl.constexpr, backwards):
-    """Step sizes [T], summed log2 decays [T] up to each position, and their sum over the chunk."""
+def load_decays(steps, decays, at, T: tl.constexpr, backwards, CT: tl.constexpr):
+    """Step sizes [T]; summed log2 decays [T] up to each position; their sum and those from each to the chunk's end.
+
+    Sums up to a position are pairs of float32; with half-precision products (CT) the second of a pair is left out.
+    """
     i = tl.arange(0, T)
-    total = tl.load(decays + at * T + tl.where(backwards == 1, 0, T - 1))
-    return tl.load(steps + at * T + i), tl.load(decays + at * T + i), total
+    last = tl.where(backwards == 1, 0, T - 1)
+    total = tl.load(decays + 2 * at * T + last)
+    high = tl.load(decays + 2 * at * T + i)
+    low = high
+    to_end = total - high
+    if CT == tl.float32:  # noqa: SIM300
+        low = tl.load(decays + (2 * at + 1) * T + i)
+        to_end += tl.load(decays + (2 * at + 1) * T + last) - low
+    return tl.load(steps + at * T + i), (high, low), (total, to_end)
+
+
+@triton.jit
+def decay_between(decay, later: tl.constexpr, CT: tl.constexpr):
+    """[T, T] log2 decay from one position to another; ``later``: the axis of the position that is read later.
+
+    A small difference of two large sums needs the digits that one float32 loses.
+    """
+    between = tl.expand_dims(decay[0], 1 - later) - tl.expand_dims(decay[0], later)
+    if CT == tl.float32:  # noqa: SIM300
+        between += tl.expand_dims(decay[1], 1 - later) - tl.expand_dims(decay[1], later)
+    return between
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
@@ -80,7 +102,8 @@ def ssd_decay_kernel(
 ):  # fmt: skip
     """Step sizes and, summed from the chunk's first position read to each position, log2 of the decays.
 
-    Both (S, K, E, Q, T) float32. Positions past the end get a step of zero, which changes no state.
+    steps (S, K, E, Q, T), decays (S, K, E, Q, 2, T), each sum as two float32. Positions past the end get a step of
+    zero, which changes no state.
     """
     blocks = tl.cdiv(heads, BE)
     pid = tl.program_id(0)
@@ -101,7 +124,11 @@ def ssd_decay_kernel(
     logs = step * (tl.load(a + k * heads + e, mask=e_ok, other=0.0) * LOG2E)[None, :]
     out = slot(s, k, e, c, K, heads, n_chunks)[None, :] * T + i[:, None]
     tl.store(steps + out, step, mask=e_ok[None, :])
-    tl.store(decays + out, tl.cumsum(logs, 0), mask=e_ok[None, :])
+    sums = tl.cumsum(logs.to(tl.float64), 0)
+    high = sums.to(tl.float32)
+    pair = slot(s, k, e, c, K, heads, n_chunks)[None, :] * (2 * T) + i[:, None]
+    tl.store(decays + pair, high, mask=e_ok[None, :])
+    tl.store(decays + pair + T, (sums - high.to(tl.float64)).to(tl.float32), mask=e_ok[None, :])
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "n_segments", "per_segment"])
@@ -153,13 +180,13 @@ def ssd_state_kernel(
         ok = t < length
         v = load_rows(v_at, positions(s_value, s, lines, t, inner), p, ok, p_ok, ALIGN_V, CT)
         m = load_rows(row_at, positions(s_row, s, lines, t, inner), n, ok, n_ok, ALIGN_R, CT)
-        step, decay, end = load_decays(steps, decays, at, T, backwards)
+        step, decay, end = load_decays(steps, decays, at, T, backwards, CT)
         if states is not None:
             tl.store(states + at * size + tile, h.to(states.dtype.element_ty), mask=tile_ok)
-        weight = exp2(decay) if ADJOINT else exp2(end - decay) * step
+        weight = exp2(decay[0]) if ADJOINT else exp2(end[1]) * step
         weighted = (v.to(tl.float32) * weight[:, None]).to(CT)
-        h = tl.dot(tl.trans(weighted), m, h * exp2(end), input_precision=PREC)
-        total += end
+        h = tl.dot(tl.trans(weighted), m, h * exp2(end[0]), input_precision=PREC)
+        total += end[0]
     if ends is not None:
         tl.store(ends + here * size + tile, h, mask=tile_ok)
     if totals is not None:
@@ -232,7 +259,7 @@ def ssd_output_kernel(
         if d == 0:
             y_at += k * s_y[5]
         at = slot(s, k, e, c, K, heads, n_chunks)
-        step, decay, end = load_decays(steps, decays, at, T, backwards)  # noqa: RUF059
+        step, decay, end = load_decays(steps, decays, at, T, backwards, CT)  # noqa: RUF059
         rows_b = positions(s_b, s, lines, t, inner) + g * s_b[4] + k * s_b[5]
         rows_c = positions(s_c, s, lines, t, inner) + g * s_c[4] + k * s_c[5]
         before = tl.zeros([T, BP], tl.float32)
@@ -246,8 +273,8 @@ def ssd_output_kernel(
             products = tl.dot(ct, tl.trans(b), products, input_precision=PREC)
             before = tl.dot(ct, tl.trans(h), before, input_precision=PREC)
         mask = triangle(T, backwards, strict, False)
-        mixing = products * exp2(tl.where(mask, decay[:, None] - decay[None, :], float("-inf"))) * step[None, :]
-        total += before * exp2(decay)[:, None]
+        mixing = products * exp2(tl.where(mask, decay_between(decay, 0, CT), float("-inf"))) * step[None, :]
+        total += before * exp2(decay[0])[:, None]
         total = tl.dot(mixing.to(CT), xt, total, input_precision=PREC)
         if skip is not None:
             total += tl.load(skip + k * heads + e) * xt.to(tl.float32)

@@ -41,7 +41,7 @@ class _Direction(NamedTuple):
 
     u: Tensor  # (M, G, R, T, P)
     dt: Tensor  # (M, G, R, T)
-    logs: Tensor  # (M, G, R, T) log decays summed up to each position
+    logs: Tensor  # (M, G, R, T) log decays summed up to each position, float64: small differences of large sums count
     A: Tensor  # (G, R)
     Bm: Tensor  # (M, G, 1, T, N)
     C: Tensor  # (M, G, 1, T, N)
@@ -51,12 +51,12 @@ class _Direction(NamedTuple):
     @property
     def from_start(self) -> Tensor:
         """(M, G, R, T, 1) decay of the chunk's start state up to each position."""
-        return self.logs.exp().unsqueeze(-1)
+        return self.logs.to(self.dt.dtype).exp().unsqueeze(-1)
 
     @property
     def to_end(self) -> Tensor:
         """(M, G, R, T, 1) decay from each position to the chunk's end."""
-        return (self.logs[..., -1:] - self.logs).exp().unsqueeze(-1)
+        return (self.logs[..., -1:] - self.logs).to(self.dt.dtype).exp().unsqueeze(-1)
 
     def block(self, s: slice) -> "_Direction":
         """Some of the chunks."""
@@ -65,7 +65,7 @@ class _Direction(NamedTuple):
     def decay(self) -> Tensor:
         """(M, G, R, T, T) decay from input j to output i, 0 where j is not read."""
         mask = torch.ones(self.dt.shape[-1], self.dt.shape[-1], dtype=torch.bool, device=self.dt.device)
-        difference = self.logs.unsqueeze(-1) - self.logs.unsqueeze(-2)
+        difference = (self.logs.unsqueeze(-1) - self.logs.unsqueeze(-2)).to(self.dt.dtype)
         return difference.masked_fill(~mask.tril(self.diagonal), float("-inf")).exp()
 
 
@@ -92,7 +92,7 @@ def _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, chunk, softplu
     cut = [_cut(t, chunk, count, groups) for t in (u, steps, b, c)]
     start = None if initial_state is None else initial_state[:, :, k].flatten(0, 1).unflatten(1, (groups, -1))
     return _Direction(
-        cut[0], cut[1], (cut[1] * a.unsqueeze(-1)).cumsum(-1), a, cut[2], cut[3], start,
+        cut[0], cut[1], (cut[1] * a.unsqueeze(-1)).cumsum(-1, dtype=torch.float64), a, cut[2], cut[3], start,
         -1 if strict and order in REVERSED else 0,
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def forward(
     for k, order in enumerate(orders):
         d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
         local = (d.u * d.to_end * d.dt.unsqueeze(-1)).transpose(-1, -2) @ d.Bm
-        whole = d.logs[..., -1].exp()
+        whole = d.logs[..., -1].exp().to(d.dt.dtype)
         starts, final = _chain(_sequences(local, count), _sequences(whole, count), d.start, backwards=False)
         y = torch.empty_like(d.u)
         for s in _blocks(d):
@@ -180,10 +180,13 @@ def _block_backward(d: _Direction, before: Tensor, behind: Tensor, dy: Tensor) -
     weighted = d.u * dt * d.to_end
     of_b = (pairs.sum(2, keepdim=True).transpose(-1, -2) @ d.C) + (weighted @ behind).sum(2, keepdim=True)
     crossing = (pairs * products).tril(-1)  # a log decay at t lies in all pairs j < t <= i
-    later = crossing.sum(-1) - crossing.sum(-2) + (from_before * d.C).sum(-1)
-    earlier = (d.u * dt * through).sum(-1)
+    # These sums over positions cancel: in float64.
+    wide = torch.float64
+    later = crossing.sum(-1, dtype=wide) - crossing.sum(-2, dtype=wide) + (from_before * d.C).sum(-1)
+    earlier = (d.u * dt * through).sum(-1, dtype=wide)
     of_log = later.flip(-1).cumsum(-1).flip(-1) + earlier.cumsum(-1) - earlier
     of_log = of_log + ((before * behind).sum((-1, -2)) * d.logs[..., -1].exp()).unsqueeze(-1)
+    of_log = of_log.to(d.dt.dtype)
     return _Gradients(
         u=of_u * dt, dt=(of_u * d.u).sum(-1) + of_log * d.A.unsqueeze(-1), A=(of_log * d.dt).sum((0, -1)), Bm=of_b,
         C=of_c,
@@ -195,7 +198,7 @@ def _direction_backward(
 ) -> tuple[_Gradients, Tensor]:
     """Gradients of one direction and of its initial state (S, G, R, P, N); dy (M, G, R, T, P)."""
     local = (dy * d.from_start).transpose(-1, -2) @ d.C
-    whole = _sequences(d.logs[..., -1].exp(), count)
+    whole = _sequences(d.logs[..., -1].exp().to(d.dt.dtype), count)
     behind, of_start = _chain(_sequences(local, count), whole, grad_final, backwards=True)
     parts = [_block_backward(d.block(s), starts[s], behind[s], dy[s]) for s in _blocks(d)]
     u, dt, a, b, c = zip(*parts, strict=True)
