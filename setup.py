@@ -42,8 +42,10 @@ SCAN = Extension(
     optional=True,
 )
 
+PACKAGES = ("kernels", "vision_ssm", "detection", "restoration", "generation")
+
 setup(
-    packages=[*find_packages(include=["kernels*", "vision_ssm*", "detection*", "restoration*"]), "vision_ssm._configs"],
+    packages=[*find_packages(include=[f"{name}*" for name in PACKAGES]), "vision_ssm._configs"],
     ext_modules=[] if sys.platform == "win32" else [SCAN],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -65,6 +65,10 @@ def test_kernels_imports_torch_and_little_else():
         "import restoration.commands",
         "import restoration.config",
         "import restoration.tasks, restoration.card",
+        "import generation",
+        "import generation.commands",
+        "import generation.config",
+        "import vision_ssm.classify.commands",
         "from vision_ssm.cli import main; main(['detect', '--help']); main(['detect', 'train', '--help'])",
     ],
 )

@@ -25,10 +25,12 @@ from vision_ssm.errors import UserError
 TASKS = {
     "detect": ("detection.commands", "find objects in pictures: train, score, predict, export"),
     "restore": ("restoration.commands", "make pictures better: denoise, deblur, enlarge, fill in; train, score"),
+    "generate": ("generation.commands", "make pictures and videos: train, sample, score"),
+    "classify": ("vision_ssm.classify.commands", "name what a picture shows: train, score, predict"),
     "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
 }
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}
-EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "av": "video"}
+EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "av": "video", "diffusers": "generation"}
 """Import name -> our extra that brings it."""
 
 _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141

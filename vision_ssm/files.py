@@ -24,6 +24,13 @@ def check_writable(folder: str | Path) -> None:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
 
 
+def shipped_or_path(place: str | Path, shipped: Path) -> Path:
+    """What exists at `place`; else the folder of that name in `shipped`; else `place`, for the message that follows."""
+    path = Path(place)
+    named = shipped / path
+    return named if not path.exists() and len(path.parts) == 1 and named.is_dir() else path
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, with the same ending; on success it takes the place of `path`.

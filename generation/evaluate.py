@@ -1,0 +1,238 @@
+"""`vssm generate eval`: how near samples are to real ones, with intervals, floors, counts and protocol."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from generation.attributes import attribute_distances, attribute_floors, in_floors, measure_all
+from generation.config import SYNTHETIC, GenerateDataConfig
+from generation.distances import bootstrap, frechet_interval, kernel_interval, precision_recall
+from generation.features import ClassifierFeatures, Features, ScriptFeatures
+from generation.generator import draw, load_generator, weights_hash
+from generation.outputs import write_facts
+from generation.reference import Reference, attribute_reference, feature_reference
+from generation.sample import class_numbers, streamed
+from vision_ssm.device import choose_device
+from vision_ssm.errors import UserError
+from vision_ssm.files import check_writable
+
+PROTOCOL = (
+    "Frechet distance of Gaussians and unbiased kernel distance ((x y / D + 1)^3) in the named features, float64; "
+    "precision, recall, density and coverage with 5 neighbours; 95 % basic bootstrap intervals over the samples, the "
+    "reference taken as it is. Attributes: 1-D Wasserstein distance in standard deviations of the reference; floor: "
+    "the same of as many real clips, mean over 20 divisions."
+)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How samples are drawn to be scored."""
+
+    count: int = 5_000
+    steps: int = 50
+    guidance: float = 1.0
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 128
+    frames: int | None = None
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 8), ("steps", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+
+def run_eval(
+    samples: Path,
+    reference: str,
+    *,
+    classifier: Path | None = None,
+    network: Path | None = None,
+    drawing: Drawing | None = None,
+    output: Path = Path("runs/generate-eval.json"),
+    device: str = "auto",
+    rounds: int = 200,
+) -> int:
+    """Score weights or saved samples; print a table and write a report.
+
+    Args:
+        samples: weights, from which samples are drawn, or an .npz of `vssm generate sample`.
+        reference: folder of real samples, .npz of `vssm generate reference`, or "synthetic".
+        classifier: weights of `vssm classify train`, for features and conditional accuracy.
+        network: TorchScript file in its place, for real FID or FVD.
+        drawing: how samples are drawn.
+        output: JSON file of the report.
+        device: auto, cpu or cuda.
+        rounds: resamplings of the intervals.
+
+    Raises:
+        UserError: files that cannot be read or do not belong together.
+    """
+    check_writable(output.parent)
+    drawn, labels, facts = obtain_samples(samples, drawing or Drawing(), device)
+    side, frames = drawn.shape[-1], drawn.shape[1] if drawn.ndim == 5 else 0
+    config = GenerateDataConfig(side=side, frames=frames, channels=3 if drawn.shape[-3] == 3 else 1)
+    stored = Reference.load(Path(reference)) if _is_reference(reference) else None
+    by_attributes = reference == SYNTHETIC or (stored is not None and stored.attributes is not None)
+    if by_attributes:
+        real = stored or attribute_reference(min(4_096, 2 * len(drawn) + 256), config)
+        scores = score_attributes(drawn, real)
+    else:
+        features = _features(classifier, network, device)
+        real = stored or feature_reference(reference, config, features)
+        _check_same_network(real, features, reference)
+        scores = score_features(drawn, labels, real, features, rounds=rounds)
+    report = {"samples": facts, "reference": real.about, "scores": scores, "protocol": PROTOCOL}
+    written = write_facts(output.with_suffix(""), report)
+    print(table(scores, real.about))
+    print(f"written to {written}")
+    return 0
+
+
+def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, list[int] | None, dict[str, Any]]:
+    """Samples (n, C, H, W) or (n, F, C, H, W) uint8, their classes, and how they came about.
+
+    Raises:
+        UserError: neither weights nor an .npz of samples.
+    """
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                table = dict(found)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        key = next((name for name in ("images", "videos") if name in table), None)
+        if key is None or table[key].dtype != np.uint8:
+            raise UserError(
+                f"{path} holds no samples: it needs images or videos, uint8, as `vssm generate sample` writes"
+            )
+        labels = table["labels"].tolist() if "labels" in table else None
+        return torch.from_numpy(table[key]).movedim(-1, -3), labels, {"file": str(path), "count": len(table[key])}
+    pipeline = load_generator(path, scheduler=drawing.scheduler)
+    classes = class_numbers(pipeline, (), drawing.count)
+    pipeline.to(choose_device(device))
+    seeds = list(range(drawing.seed, drawing.seed + drawing.count))
+    drawn = (streamed if drawing.stream else draw)(
+        pipeline, classes, seeds, steps=drawing.steps, guidance=drawing.guidance, frames=drawing.frames,
+        batch_size=drawing.batch_size,
+    )  # fmt: skip
+    facts = {
+        "weights": str(path),
+        "sha256": weights_hash(path),
+        "scheduler": type(pipeline.scheduler).__name__,
+        **asdict(drawing),
+    }
+    return drawn, classes, facts
+
+
+def score_features(
+    samples: Tensor, labels: Sequence[int] | None, real: Reference, network: Features, *, rounds: int = 200
+) -> dict[str, Any]:
+    """Distances in the features of a network, and conditional accuracy where it has classes.
+
+    Args:
+        samples: (n, C, H, W) or (n, F, C, H, W) uint8.
+        labels: class asked for of each, or None.
+        real: with features.
+        network: the same that `real` was made with.
+        rounds: resamplings.
+    """
+    if real.mean is None or real.covariance is None or real.features is None:
+        raise UserError("this reference has no features; make one with `vssm generate reference DATA --classifier W`")
+    features, probabilities = network(samples)
+    kept = real.features.float()
+    scores: dict[str, Any] = {
+        "frechet": asdict(frechet_interval(features, real.mean, real.covariance, rounds=rounds)),
+        "kernel": asdict(kernel_interval(features, kept, rounds=rounds)),
+        **precision_recall(features, kept),
+    }
+    if probabilities is not None and labels is not None:
+        right = (probabilities.argmax(1) == torch.tensor(list(labels))).double()
+        scores["conditional_accuracy"] = asdict(
+            bootstrap(lambda places: right[places].mean().item(), len(right), rounds=rounds)
+        )
+    return scores
+
+
+def score_attributes(samples: Tensor, real: Reference) -> dict[str, Any]:
+    """Attribute distances of clips of moving shapes, in standard deviations and in floors.
+
+    Args:
+        samples: (n, F, 3, S, S) uint8.
+        real: with attributes, of at least 2 n clips.
+    """
+    if samples.ndim != 5 or samples.shape[1] < 2:
+        raise UserError("attributes are read from clips of two frames or more, these are pictures")
+    assert real.attributes is not None
+    count = min(len(samples), len(real.attributes) // 2)
+    found = measure_all(clip.permute(0, 2, 3, 1).numpy() for clip in samples[:count])
+    distances = attribute_distances(found, real.attributes)
+    floors = attribute_floors(real.attributes, count)
+    return {"clips": count, "distance": distances, "floor": floors, "in_floors": in_floors(distances, floors)}
+
+
+def table(scores: dict[str, Any], about: dict[str, Any]) -> str:
+    """Scores as text, each beside its floor."""
+    if "in_floors" in scores:
+        lines = [f"{'attribute':<16}{'distance':>10}{'floor':>10}{'in floors':>11}   ({scores['clips']} clips)"]
+        for name, value in scores["distance"].items():
+            lines.append(f"{name:<16}{value:>10.4f}{scores['floor'][name]:>10.4f}{scores['in_floors'][name]:>11.2f}")
+        return "\n".join(lines)
+    floor = about.get("floor") or {}
+    lines = [f"{'score':<24}{'value':>10}{'95 % interval':>24}{'real held out':>16}"]
+    for name, value in scores.items():
+        interval = isinstance(value, dict)
+        shown = value["value"] if interval else value
+        between = f"{value['low']:.4g} to {value['high']:.4g}" if interval else ""
+        real = f"{floor[name]:.4g}" if name in floor else ""
+        lines.append(f"{name:<24}{shown:>10.4g}{between:>24}{real:>16}")
+    if floor:
+        lines.append(f"real held out: {floor['of']}")
+    return "\n".join(lines)
+
+
+def run_reference(
+    data: str, output: Path, config: GenerateDataConfig, *, classifier: Path | None, network: Path | None,
+    count: int, keep: int, device: str,
+) -> int:  # fmt: skip
+    """Write the statistics of real samples, to score against without them.
+
+    Raises:
+        UserError: no data, no feature network, or another ending than .npz.
+    """
+    if output.suffix != ".npz":
+        raise UserError(f"a reference is an .npz file, got {output}")
+    if data == SYNTHETIC:
+        real = attribute_reference(count, config)
+    else:
+        real = feature_reference(data, config, _features(classifier, network, device))
+    real.save(output, keep=keep)
+    print(f"{json.dumps(real.about, indent=2)}\nwritten to {output} ({output.stat().st_size / 1024:.0f} KiB)")
+    return 0
+
+
+def _features(classifier: Path | None, network: Path | None, device: str) -> Features:
+    if (classifier is None) == (network is None):
+        raise UserError("give the network of the features: --classifier WEIGHTS, or --network FILE (TorchScript)")
+    return ClassifierFeatures(classifier, device) if classifier is not None else ScriptFeatures(network, device)  # type: ignore[arg-type]
+
+
+def _is_reference(place: str) -> bool:
+    if not place.endswith(".npz") or not Path(place).is_file():
+        return False
+    with np.load(place, allow_pickle=False) as found:
+        return "about" in found
+
+
+def _check_same_network(real: Reference, features: Features, source: str) -> None:
+    """A distance between the features of two networks means nothing."""
+    theirs, ours = real.about.get("features", {}).get("sha256"), features.facts()["sha256"]
+    if theirs is not None and theirs != ours:
+        raise UserError(f"{source} was made with another feature network ({theirs[:12]}) than this one ({ours[:12]})")

@@ -1,0 +1,143 @@
+"""`vssm generate sample`: pictures, clips and streams from trained weights, and a file that says how."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generation.generator import Pipeline, draw, load_generator, weights_hash
+from generation.outputs import check_format, save_samples, write_facts
+from generation.pipelines import VideoDiMPipeline
+from vision_ssm.device import choose_device
+from vision_ssm.errors import UserError
+from vision_ssm.files import check_writable
+
+
+def run_sample(
+    weights: Path,
+    *,
+    output: Path,
+    classes: Sequence[str] = (),
+    count: int = 16,
+    seed: int = 0,
+    steps: int = 50,
+    guidance: float = 1.0,
+    scheduler: str | None = None,
+    frames: int | None = None,
+    stream: bool = False,
+    fps: float = 8.0,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> int:
+    """Draw samples, write them, and beside them NAME.json with what it takes to draw them again.
+
+    Args:
+        weights: checkpoint folder or file of a run, or a pipeline's folder.
+        output: file; its ending chooses the format.
+        classes: names or numbers, taken in turn; by default all that there are.
+        count: number of samples.
+        seed: sample i has the seed `seed` + i, and depends on nothing else.
+        steps: of the sampler.
+        guidance: above 1 stresses the class.
+        scheduler: by default the weights' own.
+        frames: of clips.
+        stream: draw one frame after the other, with constant memory (causal models).
+        fps: of films.
+        batch_size: samples that go through the network together.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: weights, class, format, sampler or number that does not fit.
+    """
+    for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size), ("fps", fps)):
+        if value <= 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+    pipeline = load_generator(weights, scheduler=scheduler)
+    video = isinstance(pipeline, VideoDiMPipeline)
+    check_format(output, video=video)
+    if (frames is not None or stream) and not video:
+        raise UserError(f"{weights} makes pictures; --frames and --stream are for videos")
+    check_writable(output.parent)
+    labels = class_numbers(pipeline, classes, count)
+    pipeline.to(choose_device(device))
+    seeds = list(range(seed, seed + count))
+    samples = (streamed if stream else draw)(
+        pipeline, labels, seeds, steps=steps, guidance=guidance, frames=frames, batch_size=batch_size
+    )
+    save_samples(output, samples, labels, fps=fps)
+    facts = {
+        "weights": str(weights),
+        "weights_sha256": weights_hash(weights),
+        "model": plain_config(pipeline.transformer.config),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "steps": steps,
+        "guidance": guidance,
+        "seeds": seeds,
+        "labels": labels,
+        "frames": frames,
+        "stream": stream,
+        "shape": list(samples.shape),
+    }
+    facts_file = write_facts(output, facts)
+    print(f"{count} samples in {output}; how they were made in {facts_file}")
+    return 0
+
+
+def class_numbers(pipeline: Pipeline, classes: Sequence[str], count: int) -> list[int] | None:
+    """Classes of `count` samples, those given in turn; None for a model without classes.
+
+    Raises:
+        UserError: the model has no such class.
+    """
+    number = pipeline.transformer.config.num_classes  # type: ignore[union-attr]
+    if number is None:
+        if classes:
+            raise UserError("these weights were trained without classes; leave --classes away")
+        return None
+    wanted = [int(name) if name.isdigit() else name for name in classes] or list(range(number))
+    ids = pipeline.get_label_ids(wanted)
+    assert ids is not None
+    chosen = ids.tolist()
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def streamed(
+    pipeline: Pipeline,
+    labels: list[int] | None,
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    frames: int | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Clips drawn frame by frame; arguments and result as those of `generation.generator.draw`.
+
+    Raises:
+        UserError: the model is not causal, or makes pictures.
+    """
+    from generation.streaming import VideoStream
+
+    if not isinstance(pipeline, VideoDiMPipeline):
+        raise UserError("a stream needs a model of videos")
+    own: Any = pipeline.transformer.config
+    parts = []
+    for start in range(0, len(seeds), batch_size):
+        chosen = slice(start, start + batch_size)
+        stream = VideoStream(
+            pipeline,
+            seeds=seeds[chosen],
+            class_labels=None if labels is None else labels[chosen],
+            num_inference_steps=steps,
+            guidance_scale=guidance if labels is not None else 1.0,
+        )
+        drawn = [next(stream).cpu().float().clamp(0, 1) for _ in range(frames or own.sample_frames)]
+        parts.append((torch.stack(drawn, dim=1) * 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A model's arguments without diffusers' private entries."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}

@@ -1,0 +1,138 @@
+"""Moving shapes: clips made on the fly whose attributes can be read back from the pixels (`generation.attributes`).
+
+One or two bodies of one kind and different colours move evenly on black and bounce off the walls and off each other,
+so that number, colours, size and speed stay the same in every frame, however long the clip.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+KINDS = ("disc", "square", "triangle")
+"""The classes."""
+COLORS = np.array(
+    [[230, 60, 60], [60, 200, 80], [70, 110, 250], [235, 215, 60], [220, 80, 220], [70, 220, 225]], np.float64
+)
+_REFERENCE_SIDE = 32
+"""Sizes and speeds below are for this side and grow with it."""
+_RADIUS, _SPEED = (3.5, 5.0), (0.6, 1.4)
+_TRIES = 200
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip begins with. N bodies; places are (x, y) in pixels of the middle, from the upper left corner."""
+
+    kind: int
+    places: np.ndarray
+    """(N, 2)."""
+    velocities: np.ndarray
+    """(N, 2) pixels per frame."""
+    radius: float
+    """Of the circle that touches the walls and the other body."""
+    colors: np.ndarray
+    """(N,) rows of `COLORS`."""
+
+
+class MovingShapes:
+    """An endless set of clips; clip `index` is always the same.
+
+    Args:
+        clips: number of clips that `len` says.
+        frames: length of a clip.
+        side: of its square frames in pixels, 16 or more.
+        seed: another one gives other clips.
+    """
+
+    classes: tuple[str, ...] = KINDS
+
+    def __init__(self, clips: int, *, frames: int = 16, side: int = _REFERENCE_SIDE, seed: int = 0) -> None:
+        if side < 16 or frames < 1 or clips < 1:
+            raise ValueError(
+                f"clips need 16 pixels and 1 frame at least, got side {side}, {frames} frames, {clips} clips"
+            )
+        self.clips, self.frames, self.side, self.seed = clips, frames, side, seed
+
+    def __len__(self) -> int:
+        return self.clips
+
+    def label(self, index: int) -> int:
+        """Class of a clip, the kind of its bodies."""
+        return index % len(KINDS)
+
+    def read(self, index: int) -> np.ndarray:
+        """Clip `index`, (F, S, S, 3) uint8."""
+        scene = random_scene(np.random.default_rng((self.seed, index)), self.label(index), self.side)
+        return render(scene, trajectory(scene, self.frames, self.side), self.side)
+
+
+def random_scene(rng: np.random.Generator, kind: int, side: int) -> Scene:
+    """One or two bodies that do not touch, with equal radii and different colours."""
+    scale = side / _REFERENCE_SIDE
+    count, radius = int(rng.integers(1, 3)), float(rng.uniform(*_RADIUS)) * scale
+    for _ in range(_TRIES):
+        places = rng.uniform(radius, side - radius, (count, 2))
+        if count == 1 or np.linalg.norm(places[0] - places[1]) > 2.4 * radius:
+            break
+    else:
+        places = np.array([[radius, radius], [side - radius, side - radius]])[:count]
+    angles, speeds = rng.uniform(0, 2 * np.pi, count), rng.uniform(*_SPEED, count) * scale
+    velocities = np.stack((np.cos(angles), np.sin(angles)), axis=1) * speeds[:, None]
+    return Scene(kind, places, velocities, radius, rng.choice(len(COLORS), count, replace=False))
+
+
+def trajectory(scene: Scene, frames: int, side: int, *, substeps: int = 8) -> np.ndarray:
+    """Places of the bodies in every frame, (F, N, 2); walls reflect, bodies exchange velocities where they meet."""
+    places, velocities = scene.places.copy(), scene.velocities.copy()
+    track = np.empty((frames, *places.shape))
+    low, high = scene.radius, side - scene.radius
+    for frame in range(frames):
+        track[frame] = places
+        for _ in range(substeps):
+            places += velocities / substeps
+            velocities = np.where(places < low, np.abs(velocities), velocities)
+            velocities = np.where(places > high, -np.abs(velocities), velocities)
+            places = np.where(places < low, 2 * low - places, places)
+            places = np.where(places > high, 2 * high - places, places)
+            if len(places) == 2:
+                velocities = _bounced(places, velocities, scene.radius)
+    return track
+
+
+def render(scene: Scene, track: np.ndarray, side: int) -> np.ndarray:
+    """Frames (F, S, S, 3) uint8 of bodies with soft edges on black.
+
+    Args:
+        scene: kind, radius and colours.
+        track: (F, N, 2) places.
+        side: S.
+    """
+    axis = np.arange(side) + 0.5
+    frames = np.zeros((len(track), side, side, 3))
+    for body, color in enumerate(scene.colors):
+        dx = axis[None, None, :] - track[:, body, 0, None, None]
+        dy = axis[None, :, None] - track[:, body, 1, None, None]
+        coverage = np.clip(0.5 - _distance(scene.kind, dx, dy, scene.radius), 0, 1)
+        frames = frames * (1 - coverage[..., None]) + coverage[..., None] * COLORS[color]
+    return np.rint(frames).astype(np.uint8)
+
+
+def _bounced(places: np.ndarray, velocities: np.ndarray, radius: float) -> np.ndarray:
+    """Velocities of two equal bodies after they have met: each takes the other's part along the line between them."""
+    apart = places[1] - places[0]
+    distance = np.linalg.norm(apart)
+    normal = apart / max(distance, 1e-9)
+    closing = (velocities[0] - velocities[1]) @ normal
+    if distance > 2.2 * radius or closing <= 0:
+        return velocities
+    return velocities + np.stack((-closing * normal, closing * normal))
+
+
+def _distance(kind: int, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to the edge of a body in pixels, negative inside; corners lie on the circle of `radius`."""
+    if KINDS[kind] == "disc":
+        return np.hypot(dx, dy) - radius
+    if KINDS[kind] == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - radius / np.sqrt(2)
+    slope = np.sqrt(3) / 2
+    return np.maximum(dy, np.maximum(slope * dx, -slope * dx) - dy / 2) - radius / 2

@@ -1,0 +1,338 @@
+"""Layers that mix the frames of a video, place by place (Oshima et al., "SSM Meets Video Diffusion Models", 2024).
+
+All of them take (B, F, ..., C), frames on axis 1 and channels last, and return the same shape; nothing is transposed
+for the scans. Scans need no positions, the order is in the recurrence.
+
+Shapes: B batch, F frames, C channels, N state size.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generation.frame_attention import TemporalAttention, TemporalLinearAttention
+from kernels import causal_conv1d, selective_scan
+from kernels.s4d.op import s4d
+from vision_ssm.errors import UserError
+from vision_ssm.scan_parameters import DT_MAX, DT_MIN, ScanParameters
+
+Scan = Literal["s4d", "s6"]
+Kind = Literal["s4d", "s6", "attention", "linear_attention"]
+Variant = Literal["glu", "mlp", "gated", "mamba"]
+CONV_SIZE = 4
+"""Taps of the depthwise convolutions of `MambaLayer`."""
+
+
+class S4D(nn.Module):
+    """Diagonal state space with constant coefficients (Gu et al., 2022; initialised as S4D-Lin).
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        channels: C.
+        state_size: N, real states per channel: N / 2 complex modes.
+        reverse: Read from the last frame.
+    """
+
+    def __init__(self, channels: int, *, state_size: int = 16, reverse: bool = False) -> None:
+        super().__init__()
+        if state_size < 2 or state_size % 2:
+            raise UserError(f"state_size: got {state_size}, S4D needs an even number of states (two per complex mode)")
+        modes = state_size // 2
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        self.reverse = reverse
+        self.log_dt = nn.Parameter(torch.empty(channels).uniform_(low, high))
+        self.log_A_real = nn.Parameter(torch.full((channels, modes), math.log(0.5)))
+        self.A_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(channels, 1))
+        self.C = nn.Parameter(torch.randn(channels, modes, 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(channels))
+        _spare_from_decay(self.log_dt, self.log_A_real, self.A_imag)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        constants = (self.log_dt, self.log_A_real, self.A_imag, self.C, self.D)
+        return cast(Tensor, s4d(x, *(_exact(c, x) for c in constants), reverse=self.reverse))
+
+
+class S6(nn.Module):
+    """Selective scan with its projections but no convolution and no gate (Gu and Dao, 2023).
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        channels: C.
+        state_size: N.
+        reverse: Read from the last frame.
+    """
+
+    def __init__(self, channels: int, *, state_size: int = 16, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.split = (math.ceil(channels / 16), state_size, state_size)
+        self.x_proj = nn.Linear(channels, sum(self.split), bias=False)
+        self.scan = ScanParameters(1, channels, state_size=state_size, rank=self.split[0])
+        _spare_from_decay(self.scan.A_log, self.scan.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        delta, B, C = self.x_proj(x).split(self.split, dim=-1)
+        y = selective_scan(
+            x,
+            delta,
+            _exact(self.scan.A[0], x),
+            B,
+            C,
+            _exact(self.scan.D[0], x),
+            delta_weight=self.scan.dt_weight[0],
+            delta_bias=_exact(self.scan.dt_bias[0], x),
+            softplus=True,
+            reverse=self.reverse,
+        )
+        return cast(Tensor, y)
+
+
+SCANS: dict[str, type[S4D] | type[S6]] = {"s4d": S4D, "s6": S6}
+
+
+class GLULayer(nn.Module):
+    """Each direction is a scan, an activation and a gated linear unit; their sum may pass an MLP.
+
+    Version 1 of the paper with an MLP ("bi-s4d", the figure in its repository), version 2 of its successor without.
+    The activation before the GLU is GELU after S4D and SiLU after S6, as published.
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        dim: C.
+        ssm: Which scan.
+        state_size: N.
+        bidirectional: Also read from the last frame, with weights of its own.
+        hidden: Width of the MLP, None for no MLP.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        ssm: Scan = "s4d",
+        state_size: int = 512,
+        bidirectional: bool = True,
+        hidden: int | None = 512,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                SCANS[ssm](dim, state_size=state_size, reverse=reverse),
+                nn.GELU() if ssm == "s4d" else nn.SiLU(),
+                nn.Linear(dim, 2 * dim),
+                nn.GLU(),
+            )
+            for reverse in _directions(bidirectional)
+        )
+        self.mlp = nn.Identity() if hidden is None else _mlp(dim, hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.mlp(_sum(branch(x) for branch in self.branches))
+
+
+class MLPLayer(nn.Module):
+    """The scans of both directions side by side, then an MLP ("mixing MLP", version 1 of the successor's layers).
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        dim: C.
+        ssm: Which scan.
+        state_size: N.
+        bidirectional: Also read from the last frame, with weights of its own.
+        hidden: Width of the MLP; 2 C if not given.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        ssm: Scan = "s4d",
+        state_size: int = 16,
+        bidirectional: bool = True,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.scans = nn.ModuleList(
+            SCANS[ssm](dim, state_size=state_size, reverse=reverse) for reverse in _directions(bidirectional)
+        )
+        self.mlp = _mlp(dim * len(self.scans), 2 * dim if hidden is None else hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.mlp(F.gelu(torch.cat([scan(x) for scan in self.scans], dim=-1)))
+
+
+class GatedLayer(nn.Module):
+    """Product of three gates: a shortcut and the scans of both directions (GSS, BiGS; version 10).
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        dim: C.
+        ssm: Which scan.
+        state_size: N.
+        bidirectional: Also read from the last frame, with weights of its own.
+        hidden: Width of the gates; 3 C if not given.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        ssm: Scan = "s4d",
+        state_size: int = 16,
+        bidirectional: bool = True,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = 3 * dim if hidden is None else hidden
+        self.shortcut = nn.Linear(dim, hidden)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(dim, dim),
+                nn.GELU(),
+                SCANS[ssm](dim, state_size=state_size, reverse=reverse),
+                nn.Linear(dim, dim),
+            )
+            for reverse in _directions(bidirectional)
+        )
+        self.widen = nn.Linear(dim, hidden)
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        mixed = self.branches[0](x)
+        for branch in self.branches[1:]:
+            mixed = mixed * branch(x)
+        return self.out(F.gelu(self.shortcut(x)) * F.gelu(self.widen(mixed)))
+
+
+class ConvolvedScan(nn.Module):
+    """One direction of `MambaLayer`: causal depthwise convolution, SiLU, scan.
+
+    Shape: (B, F, ..., D) -> (B, F, ..., D)
+
+    Args:
+        channels: D.
+        ssm: Which scan.
+        state_size: N.
+        reverse: Read from the last frame.
+    """
+
+    def __init__(self, channels: int, *, ssm: Scan, state_size: int, reverse: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, CONV_SIZE, groups=channels)
+        self.scan = SCANS[ssm](channels, state_size=state_size, reverse=reverse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        u = causal_conv1d(
+            x, self.conv.weight.squeeze(1), self.conv.bias, activation="silu", reverse=self.scan.reverse
+        )  # fmt: skip
+        return self.scan(cast(Tensor, u))
+
+
+class MambaLayer(nn.Module):
+    """Gated scan with short convolutions, as in Mamba and Vision Mamba (version 20); the directions are summed.
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        dim: C; the scans run on 2 C channels.
+        ssm: Which scan.
+        state_size: N.
+        bidirectional: Also read from the last frame, with a convolution and a scan of its own.
+    """
+
+    def __init__(self, dim: int, *, ssm: Scan = "s6", state_size: int = 16, bidirectional: bool = True) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 4 * dim)
+        self.branches = nn.ModuleList(
+            ConvolvedScan(2 * dim, ssm=ssm, state_size=state_size, reverse=reverse)
+            for reverse in _directions(bidirectional)
+        )
+        self.out_proj = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        value, gate = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(_sum(branch(value) for branch in self.branches) * F.silu(gate))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemporalConfig:
+    """Which temporal layer a network has; the default is the one of the paper."""
+
+    kind: Kind = "s4d"
+    variant: Variant = "glu"
+    """How a scan is wrapped: `GLULayer`, `MLPLayer`, `GatedLayer`, `MambaLayer`. Attention has one form."""
+    bidirectional: bool = True
+    state_size: int = 512
+    hidden: int | None = 512
+    """Width of the layer's MLP or gates, see the layers; `mamba` has none."""
+    heads: int = 8
+    """Of attention."""
+    head_width: int = 64
+    """Of attention."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("kind", Kind), ("variant", Variant)):
+            if getattr(self, name) not in kinds.__args__:
+                raise UserError(f"temporal {name}: got {getattr(self, name)!r}, expected {', '.join(kinds.__args__)}")
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the layer reads a table of relative frame positions."""
+        return self.kind == "attention"
+
+
+def temporal_layer(config: TemporalConfig, dim: int) -> nn.Module:
+    """The layer that `config` names, over `dim` channels."""
+    if config.kind == "attention":
+        return TemporalAttention(dim, heads=config.heads, head_width=config.head_width)
+    if config.kind == "linear_attention":
+        return TemporalLinearAttention(dim, heads=config.heads, head_width=config.head_width)
+    ssm, size, both = config.kind, config.state_size, config.bidirectional
+    if config.variant == "mamba":
+        return MambaLayer(dim, ssm=ssm, state_size=size, bidirectional=both)
+    layer = {"glu": GLULayer, "mlp": MLPLayer, "gated": GatedLayer}[config.variant]
+    return layer(dim, ssm=ssm, state_size=size, bidirectional=both, hidden=config.hidden)
+
+
+def _directions(bidirectional: bool) -> tuple[bool, ...]:
+    """`reverse` of each branch."""
+    return (False, True) if bidirectional else (False,)
+
+
+def _mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    for other in others:
+        first = first + other
+    return first
+
+
+def _exact(parameter: Tensor, like: Tensor) -> Tensor:
+    """Constants of a scan are float32 in every model, float64 beside float64."""
+    return parameter.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _spare_from_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that weight decay must not touch, as ``vision_ssm.training.optim`` understands it."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,216 @@
+"""`vssm generate`: sample, eval, reference and encode as a user calls them, and their messages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from generation.commands import COMMANDS
+from generation.dim import DiM
+from generation.evaluate import score_features
+from generation.features import ScriptFeatures
+from generation.generator import draw, load_generator
+from generation.objectives import Objective
+from generation.pipelines import DiMPipeline, VideoDiMPipeline
+from generation.reference import Reference
+from generation.synthetic import MovingShapes
+from vision_ssm.checkpoint import save_checkpoint
+from vision_ssm.classify.config import NetworkConfig
+from vision_ssm.classify.model import build_network, classifier_from
+from vision_ssm.cli import call
+from vision_ssm.data.video import video_info
+from vision_ssm.errors import UserError
+from vision_ssm.viz import save_picture
+
+NETWORK = {"name": "resnet10t", "options": {"channels": [8, 8, 8, 8], "stem_width": 8, "output_stride": 8}}
+
+
+def vssm(verb: str, *arguments: object) -> int:
+    return call(f"vssm generate {verb}", COMMANDS[verb], [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A pipeline of pictures with two classes, not trained but not zero."""
+    torch.manual_seed(0)
+    model = DiM(width=32, depth=2, patch=4, sample_size=16, num_classes=2, state_size=4)
+    torch.nn.init.normal_(model.head.linear.weight, std=0.05)
+    pipeline = DiMPipeline(model.eval(), Objective().scheduler(), id2label={0: "land", 1: "sea"})
+    folder = tmp_path_factory.mktemp("images") / "p"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = DiM(
+        width=32, depth=2, patch=4, sample_size=16, sample_frames=4, layout="st", causal=True, state_size=4
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("videos") / "p"
+    VideoDiMPipeline(model.eval(), Objective().scheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(**NETWORK), 2)
+    config = {"task": "classify", "network": NETWORK, "classes": ["land", "sea"], "side": 16}
+    folder = tmp_path_factory.mktemp("judge") / "w"
+    save_checkpoint(folder, network.state_dict(), config)
+    assert classifier_from(network.state_dict(), config, "w")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    root, rng = tmp_path_factory.mktemp("real"), np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 8)):
+        for name in ("land", "sea"):
+            for number in range(count):
+                save_picture(root / split / name / f"{number}.png", rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    return root
+
+
+def test_pictures_and_the_file_that_says_how(images, tmp_path, capsys):
+    output = tmp_path / "a.png"
+    assert vssm("sample", images, "--output", output, "--classes", "sea", "--count", 3, "--steps", 2, "--seed", 7) == 0
+    assert "3 samples in" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "a.png.json").read_text())
+    assert (facts["labels"], facts["seeds"], facts["steps"]) == ([1, 1, 1], [7, 8, 9], 2)
+    assert {"torch", "diffusers", "vision-ssm"} <= set(facts["versions"])
+    assert len(facts["weights_sha256"]) == 64
+    assert facts["model"]["width"] == 32
+    assert Image.open(output).size == (2 * 64 + 4, 2 * 64 + 4)
+
+
+def test_npz_has_what_was_drawn_whatever_the_batch(images, tmp_path):
+    for batch in (1, 3):
+        vssm("sample", images, "--output", tmp_path / f"{batch}.npz", "--count", 3, "--steps", 2, "--batch-size", batch)
+    one, three = (np.load(tmp_path / f"{batch}.npz") for batch in (1, 3))
+    assert one["images"].shape == (3, 16, 16, 3)
+    assert np.abs(one["images"].astype(int) - three["images"]).max() <= 1
+    assert one["labels"].tolist() == [0, 1, 0]
+
+
+def test_packed_weights_draw_nearly_the_same(images, tmp_path):
+    assert vssm("pack", images, tmp_path / "half") == 0
+    files = [folder / "transformer" / "diffusion_pytorch_model.safetensors" for folder in (tmp_path / "half", images)]
+    assert files[0].stat().st_size < 0.75 * files[1].stat().st_size
+    drawn = []
+    for folder in (tmp_path / "half", images):
+        pipeline = load_generator(folder)
+        assert pipeline.transformer.dtype == torch.float32
+        drawn.append(draw(pipeline, [0, 1], [1, 2], steps=2).int())
+    assert (drawn[0] - drawn[1]).abs().max() <= 3
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_films(videos, tmp_path, ending):
+    output = tmp_path / f"a.{ending}"
+    assert vssm("sample", videos, "--output", output, "--count", 2, "--steps", 1, "--frames", 3) == 0
+    if ending == "gif":
+        assert Image.open(output).n_frames == 3  # type: ignore[attr-defined]
+    else:
+        assert video_info(output).frames == 3
+
+
+def test_a_stream_is_as_long_as_asked(videos, tmp_path):
+    assert (
+        vssm("sample", videos, "--output", tmp_path / "s.npz", "--count", 2, "--steps", 1, "--frames", 9, "--stream")
+        == 0
+    )
+    assert np.load(tmp_path / "s.npz")["videos"].shape == (2, 9, 16, 16, 3)
+
+
+def test_scores_of_pictures_with_their_protocol(images, judge, real, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    flags = ["--classifier", judge, "--count", 12, "--steps", 2, "--rounds", 20, "--output", output]
+    assert vssm("eval", images, real, *flags) == 0
+    report = json.loads(output.read_text())
+    assert report["reference"]["counts"] == {"train": 20, "val": 16}
+    assert report["samples"]["count"] == 12
+    assert report["scores"]["frechet"]["value"] > report["reference"]["floor"]["frechet"] > 0
+    assert 0 <= report["scores"]["conditional_accuracy"]["value"] <= 1
+    assert "bootstrap" in report["protocol"]
+    assert "real held out" in capsys.readouterr().out
+    stored = tmp_path / "r.npz"
+    assert vssm("reference", real, stored, "--classifier", judge, "--side", 16) == 0
+    assert vssm("eval", images, stored, *flags) == 0
+    again = json.loads(output.read_text())
+    assert again["scores"]["frechet"]["value"] == pytest.approx(report["scores"]["frechet"]["value"])
+    assert again["scores"]["precision"] == pytest.approx(report["scores"]["precision"], abs=0.2)
+
+
+def test_real_clips_are_at_their_floor(tmp_path, capsys):
+    clips = MovingShapes(40, frames=6, seed=99)
+    np.savez(tmp_path / "real.npz", videos=np.stack([clips.read(i) for i in range(40)]))
+    output = tmp_path / "scores.json"
+    assert vssm("eval", tmp_path / "real.npz", "synthetic", "--output", output) == 0
+    scores = json.loads(output.read_text())["scores"]
+    assert scores["clips"] == 40
+    assert all(value < 4 for value in scores["in_floors"].values()), scores
+    assert "in floors" in capsys.readouterr().out
+
+
+def test_a_network_of_the_user_gives_the_features(tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return images.float().mean(dim=[2, 3]) if return_features else images.float()
+
+    torch.jit.script(Means()).save(str(tmp_path / "n.pt"))
+    network = ScriptFeatures(tmp_path / "n.pt", "cpu")
+    pictures = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, probabilities = network(pictures)
+    torch.testing.assert_close(features, pictures.float().mean((2, 3)))
+    assert probabilities is None
+    assert network.facts()["options"] == ["return_features"]
+    with pytest.raises(UserError, match="has no features"):
+        score_features(pictures, None, Reference({}), network)
+
+
+def test_latents_of_a_local_vae(real, tmp_path):
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ["--data.train", real, "--data.side", 16]
+    assert vssm("encode", tmp_path / "vae", tmp_path / "l.npz", *flags) == 0
+    found = np.load(tmp_path / "l.npz")
+    assert found["latents"].shape == (20, 2, 8, 8)
+    assert found["classes"].tolist() == ["land", "sea"]
+    with pytest.raises(UserError, match="not a multiple of 2"):
+        vssm("encode", tmp_path / "vae", tmp_path / "l.npz", "--data.train", real, "--data.side", 17)
+
+
+def test_mistakes_are_told(images, videos, judge, real, tmp_path):
+    for arguments, message in [
+        ((images, "--output", tmp_path / "a.mp4"), "is a video, this model makes pictures"),
+        ((images, "--output", tmp_path / "a.txt"), "the ending must be one of"),
+        ((images, "--output", tmp_path / "a.png", "--classes", "moon"), "moon"),
+        ((images, "--output", tmp_path / "a.png", "--classes", "7"), "7"),
+        (
+            (images, "--output", tmp_path / "a.png", "--scheduler", "ddim"),
+            "no scheduler 'ddim'",
+        ),
+        ((images, "--output", tmp_path / "a.png", "--frames", 3), "--frames and --stream are for videos"),
+        ((videos, "--output", tmp_path / "a.gif", "--classes", "x"), "trained without classes"),
+        ((judge, "--output", tmp_path / "a.png"), "is no generator"),
+        ((tmp_path / "none", "--output", tmp_path / "a.png"), "no checkpoint at"),
+        ((images, "--output", tmp_path / "a.png", "--count", 0), "count must be above 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            vssm("sample", *arguments)
+    with pytest.raises(UserError, match="--classifier WEIGHTS, or --network"):
+        vssm("eval", images, real, "--count", 8, "--steps", 1)
+    np.savez(tmp_path / "r.npz", about=np.array(json.dumps({"features": {"sha256": "0" * 64}})))
+    with pytest.raises(UserError, match="another feature network"):
+        vssm("eval", images, tmp_path / "r.npz", "--classifier", judge, "--count", 8, "--steps", 1)

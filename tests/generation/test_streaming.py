@@ -1,0 +1,226 @@
+"""Streaming: pieces equal the whole, a stream goes on identically after saving, and its state does not grow."""
+
+import pytest
+import torch
+
+from generation.objectives import Objective, sample_generators
+from generation.pipelines import VideoDiMPipeline, load_pipeline
+from generation.streaming import VideoStream, forward_chunked
+from kernels.testing import assert_close
+from tests.generation.small_models import small_dim
+from vision_ssm.errors import UserError
+
+MIXERS = ("s6", "ssd")
+CONDITIONINGS = ("adaln_zero", "adaln_single", "token")
+
+
+def pipeline(**changes) -> VideoDiMPipeline:
+    return VideoDiMPipeline(small_dim(**{"layout": "stj", "causal": True, **changes}), Objective().scheduler())
+
+
+def stream(pipe: VideoDiMPipeline, **changes) -> VideoStream:
+    return VideoStream(pipe, **{"seeds": [1, 2], "class_labels": [0, 1], "num_inference_steps": 2, **changes})
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_video_in_pieces_equals_the_whole(mixer, conditioning):
+    model = small_dim(mixer=mixer, conditioning=conditioning, layout="stj", causal=True)
+    x, t, labels = torch.randn(2, 3, 9, 8, 8), 1000 * torch.rand(2, 9), torch.tensor([0, 2])
+    with torch.no_grad():
+        whole = model(x, t, labels).sample
+        states, start = None, 0
+        for length in (1, 2, 1, 5):  # below and above the window of the convolution
+            part = slice(start, start + length)
+            y, states = model.advance(x[:, :, part], t[:, part], labels, states)
+            assert (y - whole[:, :, part]).abs().max() <= 1e-5
+            start += length
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 4, 20])
+def test_chunked_equals_the_whole(mixer, conditioning, causal, length):
+    model = small_dim(mixer=mixer, conditioning=conditioning, layout="stj", causal=causal)
+    x, labels = torch.randn(1, 3, 9, 8, 8), torch.tensor([2])
+    for t in (1000 * torch.rand(1, 9), torch.tensor([400.0])):
+        with torch.no_grad():
+            whole = model(x, t, labels).sample
+        assert (forward_chunked(model, x, t, labels, frames_at_once=length) - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_stream_is_the_loop_over_the_whole_history(mixer, guidance):
+    """Each frame equals one drawn by running the model on all frames so far, the finished ones at the clean level."""
+    pipe = pipeline(mixer=mixer)
+    frames = stream(pipe, guidance_scale=guidance)
+    history = torch.empty(2, 3, 0, 8, 8)
+    labels, none = torch.tensor([0, 1]), torch.tensor([3, 3])
+    for i in range(4):
+        got = next(frames)
+        scheduler = Objective().scheduler()
+        scheduler.set_timesteps(2)
+        x = _noise_of(frames, i)
+        for t in scheduler.timesteps:
+            video = torch.cat([history, x], dim=2)
+            levels = torch.cat([torch.zeros(2, i), t.expand(2, 1)], dim=1)
+            with torch.no_grad():
+                guided, free = (pipe.transformer(video, levels, who).sample[:, :, -1:] for who in (labels, none))
+            x = scheduler.step(free + guidance * (guided - free), t, x).prev_sample
+        history = torch.cat([history, x], dim=2)
+        assert_close(f"frame {i}", got, (x.squeeze(2) / 2 + 0.5).clamp(0, 1), rel=1e-4)
+
+
+def _noise_of(frames: VideoStream, i: int) -> torch.Tensor:
+    """The noise that frame i starts from, found by a stream whose model predicts no change."""
+    twin = pipeline()
+    torch.nn.init.zeros_(twin.transformer.head.linear.weight)
+    torch.nn.init.zeros_(twin.transformer.head.linear.bias)
+    found: list[torch.Tensor] = []
+    twin.decode = lambda latents: found.append(latents) or latents
+    other = VideoStream(twin, seeds=frames.seeds, num_inference_steps=1)
+    for _ in range(i + 1):
+        next(other)
+    return found[-1].unsqueeze(2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("scheduler", ["euler", "dpm++"])
+def test_saved_streams_go_on_identically(tmp_path, guidance, scheduler):
+    pipe = pipeline()
+    pipe.scheduler = Objective().scheduler(scheduler)
+    frames = stream(pipe, guidance_scale=guidance, guidance_interval=(0.1, 0.9))
+    for saved_after in range(3):
+        file = tmp_path / f"{saved_after}.safetensors"
+        frames.save(file)
+        again = VideoStream.load(file, pipe)
+        assert (again.frame_index, again.state_bytes) == (saved_after, frames.state_bytes)
+        frame = next(frames)
+        assert torch.equal(next(again), frame)
+        assert again.frame_index == frames.frame_index
+
+
+def test_a_stream_goes_on_around_weights_from_another_folder(tmp_path):
+    pipe = pipeline()
+    frames = stream(pipe)
+    next(frames)
+    frames.save(tmp_path / "stream.safetensors")
+    pipe.save_pretrained(tmp_path / "weights")
+    again = VideoStream.load(tmp_path / "stream.safetensors", load_pipeline(tmp_path / "weights"))
+    assert_close("frame", next(again), next(frames), rel=1e-5)
+
+
+def test_a_stream_does_not_depend_on_the_others():
+    pipe = pipeline()
+    two = stream(pipe, guidance_scale=2.0, guidance_interval=(0.0, 0.7))
+    one = stream(pipe, seeds=[2], class_labels=[1], guidance_scale=2.0, guidance_interval=(0.0, 0.7))
+    for _ in range(3):
+        both, alone = next(two), next(one)
+        assert (both[1] - alone[0]).abs().max() <= 1e-4
+    assert (both[0] - both[1]).abs().max() > 1e-2
+
+
+def test_ancestral_noise_does_not_depend_on_the_others_either():
+    pipe = VideoDiMPipeline(
+        small_dim(layout="st", causal=True, objective="eps"), Objective("eps").scheduler("ddpm")
+    )  # fmt: skip
+    two, one = stream(pipe), stream(pipe, seeds=[2], class_labels=[1])
+    for _ in range(2):
+        assert (next(two)[1] - next(one)[0]).abs().max() <= 1e-4
+
+
+def test_the_state_does_not_grow():
+    frames = stream(pipeline())
+    assert frames.state_bytes == 0
+    next(frames)
+    size = frames.state_bytes
+    for _ in range(20):
+        frame = next(frames)
+    assert frames.frame_index == 21
+    assert frames.state_bytes == size
+    assert frame.shape == (2, 3, 8, 8)
+    assert 0 <= frame.min() <= frame.max() <= 1
+
+
+def test_pushed_frames_are_gone_on_from():
+    pipe = pipeline()
+    first = stream(pipe)
+    for parameter in pipe.transformer.head.parameters():
+        parameter.data.mul_(0.05)  # keeps pixels inside [0, 1], where pushing loses nothing
+    drawn = []
+    for _ in range(3):
+        drawn.append(next(first))
+    given = torch.stack(drawn, dim=1)
+    other, again = stream(pipe), stream(pipe)
+    other.push(given)
+    again.push(given[:, :2])
+    again.push(given[:, 2:])
+    assert other.frame_index == 3
+    assert_close("pushed at once and in parts", next(again), next(other), rel=1e-5)
+    different = stream(pipe)
+    different.push(1 - given)
+    assert (next(different) - next(stream_after(pipe, given))).abs().max() > 1e-4
+
+
+def stream_after(pipe: VideoDiMPipeline, given: torch.Tensor) -> VideoStream:
+    found = stream(pipe)
+    found.push(given)
+    return found
+
+
+def test_another_size_than_that_of_training():
+    frames = stream(pipeline(), height=4, width=12)
+    assert next(frames).shape == next(frames).shape == (2, 3, 4, 12)
+
+
+def test_streams_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="causal=True"):
+        stream(pipeline(causal=False))
+    with pytest.raises(UserError, match="1 class_labels for 2 seeds"):
+        stream(pipeline(), class_labels=[0])
+    with pytest.raises(UserError, match="seeds"):
+        stream(pipeline(), seeds=[])
+    with pytest.raises(UserError, match="no class 9"):
+        stream(pipeline(), class_labels=[0, 9])
+    with pytest.raises(UserError, match="trained for 'v'"):
+        stream(pipeline(objective="v"))
+    with pytest.raises(UserError, match="push takes"):
+        stream(pipeline()).push(torch.zeros(1, 1, 3, 8, 8))
+    with pytest.raises(UserError, match="channels, height, width"):
+        stream(pipeline()).push(torch.zeros(2, 1, 3, 6, 8))
+    with pytest.raises(UserError, match="frames_at_once"):
+        forward_chunked(small_dim(), torch.zeros(1, 3, 2, 8, 8), 1.0, frames_at_once=0)
+
+
+def test_files_that_are_no_stream(tmp_path):
+    pipe, file = pipeline(), tmp_path / "stream.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        VideoStream.load(file, pipe)
+    frames = stream(pipe)
+    next(frames)
+    frames.save(file)
+    with pytest.raises(UserError, match="another model"):
+        VideoStream.load(file, pipeline(mixer="ssd"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="damaged"):
+        VideoStream.load(file, pipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_stream_on_the_gpu_is_that_of_the_cpu(mixer):
+    pipe = pipeline(mixer=mixer)
+    want = stream(pipe)
+    expected = [next(want) for _ in range(3)]
+    got = stream(pipe.to("cuda"))
+    for i, frame in enumerate(expected):
+        assert_close(f"frame {i}", next(got).cpu(), frame, rel=5e-3)
+
+
+def test_a_whole_video_of_a_causal_model_draws_like_any_other():
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe([0], num_frames=4, num_inference_steps=2, generator=sample_generators([0]), output_type="pt").frames
+    assert frames.shape == (1, 4, 3, 8, 8)

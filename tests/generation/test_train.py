@@ -1,0 +1,206 @@
+"""Training a generator: the loss falls, held-out bins are paired, a run resumes exactly, its weights give pipelines."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from generation.config import GenerateConfig
+from generation.dim import DiM
+from generation.generator import draw, load_generator
+from generation.objectives import Objective
+from generation.pipelines import DiMPipeline, VideoDiMPipeline
+from generation.train import GenerateTask, held_out_losses, resumed_config, run_train
+from vision_ssm.checkpoint import load_checkpoint
+from vision_ssm.config import from_dict, load_config, shipped_configs
+from vision_ssm.errors import UserError
+from vision_ssm.training import train
+from vision_ssm.viz import save_picture
+
+RECIPES = [name for name in shipped_configs() if name.startswith("generation/")]
+TINY = {"width": 32, "depth": 2, "patch": 4, "mixer": "s6", "conditioning": "adaln_single", "state_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 4), ("val", 2)):
+        for name, color in (("blue", (20, 30, 220)), ("red", (220, 30, 20))):
+            for number in range(count):
+                save_picture(root / split / name / f"{number}.png", np.full((8, 8, 3), color, np.uint8))
+    return root
+
+
+def settings(pictures: Path, run_dir: Path, **changes) -> GenerateConfig:
+    values = {
+        "model": TINY,
+        "data": {"train": str(pictures), "side": 8},
+        "watch": {"samples": 2, "steps": 2, "bins": 2},
+        "train": {
+            "run_dir": str(run_dir), "steps": 6, "batch_size": 4, "workers": 0, "precision": "fp32", "device": "cpu",
+            "val_every": 1, "optim": {"lr": 5e-3}, "schedule": {"warmup_min_batches": 2},
+            "ema": {"decay": 0.8, "warmup_steps": 1, "power_widths": [0.1]},
+        },
+    }  # fmt: skip
+    for group, items in changes.items():
+        values[group] = {**values.get(group, {}), **items} if isinstance(items, dict) else items
+    return from_dict(GenerateConfig, values)
+
+
+def test_training_lowers_the_loss_and_leaves_pipelines(pictures, tmp_path, capsys):
+    config = settings(pictures, tmp_path / "run", train={"steps": 60, "val_every": 10})
+    assert run_train(config) == 0
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("train/loss")
+    losses = [float(row.split(",")[column]) for row in rows[1:]]
+    assert losses[-1] < 0.65 * losses[0]
+    assert {"val/loss t 0-500", "val/loss t 500-1000"} <= set(rows[0].split(","))
+    assert "8 pictures to train on, 4 held out" in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples" / "step_000060.png").is_file()
+    assert (tmp_path / "run" / "first_batch.png").is_file()
+    run, saved = load_generator(tmp_path / "run" / "best"), load_generator(tmp_path / "run" / "pipeline")
+    assert isinstance(saved, DiMPipeline)
+    assert saved.labels == {"blue": 0, "red": 1}
+    images = [draw(pipeline, [0, 1], [5, 6], steps=4) for pipeline in (run, saved)]
+    assert torch.equal(*images)
+    assert images[0].shape == (2, 3, 8, 8)
+    average = load_generator(tmp_path / "run" / "averages" / "0.1", scheduler="heun")
+    assert type(average.scheduler).__name__ == "FlowMatchHeunDiscreteScheduler"
+
+
+def test_a_sample_depends_on_its_seed_alone(pictures, tmp_path):
+    config = settings(pictures, tmp_path / "run")
+    result = train(GenerateTask(config), config.train)
+    pipeline = load_generator(result.last)
+    together = draw(pipeline, [0, 1, 0], [3, 4, 5], steps=3, guidance=2.0)
+    alone = draw(pipeline, [1], [4], steps=3, guidance=2.0)
+    assert (together[1].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(pictures, tmp_path, monkeypatch):
+    whole_config = settings(pictures, tmp_path / "whole")
+    whole = train(GenerateTask(whole_config), whole_config.train)
+    config = settings(pictures, tmp_path / "stopped")
+    task, original, calls = GenerateTask(config), GenerateTask.loss, []
+
+    def loss(self, model, batch):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, model, batch)
+
+    monkeypatch.setattr(GenerateTask, "loss", loss)
+    with pytest.raises(SystemExit):
+        train(task, config.train)
+    monkeypatch.undo()
+    again, folder = resumed_config(tmp_path / "stopped", data=GenerateConfig().data)
+    assert again == config
+    resumed = train(GenerateTask(again, resumed=True), again.train, resume=folder)
+    want, got = load_checkpoint(whole.last)[0], load_checkpoint(resumed.last)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_every_objective_trains(pictures, tmp_path, kind):
+    config = settings(pictures, tmp_path / "run", objective={"kind": kind}, train={"steps": 2})
+    result = train(GenerateTask(config), config.train)
+    assert 0 < result.metrics["loss"] < 50
+    assert load_generator(result.last).transformer.config.objective == kind
+
+
+def video_settings(run_dir: Path, **changes) -> GenerateConfig:
+    return settings(
+        Path("unused"),
+        run_dir,
+        data={"train": "synthetic", "side": 16, "frames": 4, "clips": 8, "augment": "none"},
+        watch={"held_out": 4},
+        **changes,
+    )
+
+
+def test_a_causal_video_model_trains_with_a_level_per_frame(tmp_path):
+    config = video_settings(
+        tmp_path / "run", model={"layout": "st", "causal": True}, objective={"per_frame": True}, train={"steps": 3}
+    )
+    task = GenerateTask(config)
+    torch.manual_seed(0)
+    t, clean = task._levels(torch.zeros(64, 3, 4, 16, 16))
+    assert t.shape == (64, 4)
+    assert 10 < clean[:, 0].sum() < 54, "half of the clips have a past that is given"
+    assert not clean[:, -1].any(), "the last frame is always to be denoised"
+    assert (t[clean] == 0).all()
+    assert (clean[:, 1:] <= clean[:, :-1]).all()
+    result = train(task, config.train)
+    pipeline = load_generator(result.last)
+    assert isinstance(pipeline, VideoDiMPipeline)
+    assert draw(pipeline, [0], [1], steps=2, frames=3).shape == (1, 3, 3, 16, 16)
+
+
+def test_the_loss_ignores_frames_that_are_given(tmp_path):
+    config = video_settings(tmp_path / "run", model={"layout": "st", "causal": True}, objective={"per_frame": True})
+    task = GenerateTask(config)
+    model = DiM(**task.arguments)  # its head is zero, so the error is the squared target
+    x0 = torch.zeros(256, 3, 4, 16, 16)
+    torch.manual_seed(1)
+    loss = task.loss(model, (x0, torch.zeros(256, dtype=torch.long)))["loss"]
+    assert loss.item() == pytest.approx(1.0, abs=0.02), "of noise - 0, whatever the share of clean frames"
+
+
+def test_weights_of_pictures_go_on_as_those_of_videos(pictures, tmp_path, capsys):
+    config = settings(pictures, tmp_path / "p", data={"side": 16}, model={"layout": "st"}, train={"steps": 1})
+    first = train(GenerateTask(config), config.train)
+    video = video_settings(tmp_path / "v", model={"layout": "st"}, weights=str(first.last))
+    model = GenerateTask(video).build()
+    assert "tensors of the model taken" in capsys.readouterr().out
+    trained = load_checkpoint(first.last)[0]["patches.weight"]
+    torch.testing.assert_close(model.state_dict()["patches.weight"], trained)
+
+
+def test_held_out_losses_are_paired_and_of_the_zero_model_known():
+    model = DiM(width=32, depth=1, patch=4, sample_size=8).eval()
+    held_out = (torch.full((64, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.long))
+    first = held_out_losses(model, held_out, Objective(), bins=4, classes=[])
+    assert first == held_out_losses(model, held_out, Objective(), bins=4, classes=[])
+    assert list(first) == ["loss t 0-250", "loss t 250-500", "loss t 500-750", "loss t 750-1000"]
+    assert all(value == pytest.approx(2.0, abs=0.1) for value in first.values()), "of noise - 1"
+
+
+def test_mistakes_are_told(pictures, tmp_path):
+    with pytest.raises(UserError, match="--data.train"):
+        run_train(GenerateConfig())
+    odd = settings(pictures, tmp_path / "a", data={"side": 10})
+    with pytest.raises(UserError, match=r"multiples of the patch \(4\), got 10 x 10"):
+        train(GenerateTask(odd), odd.train)
+    with pytest.raises(UserError, match="per_frame"):
+        settings(pictures, tmp_path, objective={"per_frame": True})
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="nothing to resume"):
+        run_train(GenerateConfig(), resume=tmp_path / "c" / "run")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_can_be_read(name):
+    assert load_config(GenerateConfig, name).train.steps
+
+
+@pytest.mark.parametrize(("name", "most"), [("eurosat_dim", 4.0e6), ("shapes_stream", 1.5e6)])
+def test_recipes_of_shipped_weights_are_small_enough(name, most, monkeypatch):
+    config = load_config(GenerateConfig, name)
+    task = GenerateTask.__new__(GenerateTask)
+    task.settings, task.classes = config, ["class"] * (10 if name == "eurosat_dim" else 3)
+    shape = (3, config.data.frames, config.data.side, config.data.side)
+    arguments = task._arguments(shape if config.data.frames else shape[:1] + shape[2:])
+    assert sum(parameter.numel() for parameter in DiM(**arguments).parameters()) <= most
+    assert json.dumps(arguments)

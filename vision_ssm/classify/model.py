@@ -1,0 +1,110 @@
+"""A trained classifier: network, classes and preprocessing, loaded from one folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vision_ssm.checkpoint import load_checkpoint, load_matching
+from vision_ssm.classify.config import NetworkConfig
+from vision_ssm.config import near_match
+from vision_ssm.device import choose_device
+from vision_ssm.errors import UserError
+from vision_ssm.files import shipped_or_path
+
+MEAN, STD = 0.5, 0.25
+"""Of pixel values from 0 to 1, for all channels: the networks are trained here, not on ImageNet's statistics."""
+
+
+_SHIPPED = Path(__file__).parent / "weights"
+
+
+def find_weights(place: str | Path) -> Path:
+    """A file or folder that exists, or the folder of shipped weights of that name; else the path as it is."""
+    return shipped_or_path(place, _SHIPPED)
+
+
+def build_network(config: NetworkConfig, classes: int) -> nn.Module:
+    """One of timm's networks with an untrained head.
+
+    Raises:
+        UserError: no such network, or it does not take the options.
+    """
+    if not timm.is_model(config.name):
+        raise UserError(f"timm has no network {config.name!r}{near_match(config.name, timm.list_models())}")
+    try:
+        return timm.create_model(config.name, pretrained=False, num_classes=classes, **config.options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"timm cannot build {config.name} with {config.options}: {error}") from None
+
+
+def normalized(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8, or floats from 0 to 1, as networks see them."""
+    floats = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (floats - MEAN) / STD
+
+
+class Classifier:
+    """A network with its classes; `save` of a run's loop wrote it.
+
+    Args:
+        network: of timm.
+        classes: their names.
+        side: of the squares it was trained on, in pixels.
+        accuracy: share of the validation pictures it gets right, for reports; None if unknown.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[str], side: int, accuracy: float | None = None) -> None:
+        self.network, self.classes, self.side, self.accuracy = network.eval(), tuple(classes), side, accuracy
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> "Classifier":
+        """Read a checkpoint folder or `.safetensors` file of `vssm classify train`, or shipped weights by name.
+
+        Raises:
+            UserError: missing, damaged, or weights of something else.
+        """
+        path = find_weights(path)
+        weights, config = load_checkpoint(path)
+        network = classifier_from(weights, config, path)
+        scores = config.get("trained", {}).get("best", {})
+        return cls(network.to(choose_device(device)), config["classes"], config["side"], scores.get("accuracy"))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Features before the last layer, and probabilities.
+
+        Args:
+            images: (n, 3, H, W) uint8, or floats from 0 to 1; other sizes than `side` are resized.
+            batch_size: pictures that go through the network together.
+
+        Returns:
+            (n, D) features and (n, classes) probabilities, float32 on the CPU.
+        """
+        device = next(self.network.parameters()).device
+        features, probabilities = [], []
+        for part in images.split(batch_size):
+            batch = normalized(part.to(device))
+            if batch.shape[-2:] != (self.side, self.side):
+                batch = nn.functional.interpolate(batch, (self.side, self.side), mode="bilinear", antialias=True)
+            pooled = self.network.forward_head(self.network.forward_features(batch), pre_logits=True)  # type: ignore[operator]
+            logits = self.network.get_classifier()(pooled)  # type: ignore[operator]
+            features.append(pooled.float().cpu())
+            probabilities.append(logits.float().softmax(dim=1).cpu())
+        return torch.cat(features), torch.cat(probabilities)
+
+
+def classifier_from(weights: Mapping[str, Tensor], config: Mapping[str, Any], source: str | Path) -> nn.Module:
+    """The network of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: the checkpoint is no classifier's.
+    """
+    if config.get("task") != "classify":
+        raise UserError(f"{source} is no classifier; train one with `vssm classify train`")
+    network = build_network(NetworkConfig(**config["network"]), len(config["classes"]))
+    load_matching(network, weights).require_complete(source)
+    return network
