@@ -20,7 +20,7 @@ from restoration.model import VARIANTS, Serpent, VariantName
 from restoration.summary import COUNTING, count_operations
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_writable, write_text
 
 Precision = Literal["fp32", "bf16"]
 NetworkName = Literal["serpent", "attention", "convolution"]
@@ -92,7 +92,7 @@ def run_bench(
         Exit code: 0, or 1 if some row could not be measured.
 
     Raises:
-        UserError: an argument out of range, or no such device.
+        UserError: an argument out of range, no such device, or an unwritable folder.
     """
     if variant not in VARIANTS or batch_size < 1 or not resolutions or min(resolutions) < 1:
         raise UserError(
@@ -100,6 +100,8 @@ def run_bench(
             f"{batch_size}, {list(resolutions)}"
         )
     place = str(choose_device(device))
+    if output is not None:
+        check_writable(output)
     print(_heading(variant, place, precision, batch_size, train))
     rows = []
     for resolution in resolutions:

@@ -16,7 +16,7 @@ from restoration.data import load_sets
 from restoration.degrade import Degradation, degradation_for
 from restoration.folders import Example
 from restoration.metrics import Channel, Lpips, Measure
-from restoration.reading import read_levels
+from restoration.reading import read_levels, with_name
 from restoration.restorer import PictureRestorer
 from restoration.scoring import Method, Score, by_classic, by_restorer, cases_of, means, score, untouched
 from restoration.tasks import find_task
@@ -79,7 +79,7 @@ def run_eval(
             scores += _score_picture(example, operator, candidates, measure, perceptual)
         except UserError as error:
             failed += 1
-            print(f"{example.target}: {error}", file=sys.stderr)
+            print(with_name(example.target, error), file=sys.stderr)
     if not scores:
         raise UserError(f"not one of {failed} pictures in {data} could be scored")
     facts = {"task": task, "data": Path(data).name, "degradation": operator.parameters(), **asdict(measure)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from restoration.reading import header_of
+from restoration.reading import header_of, refuse_bad
 from vision_ssm.data.images import ImageHeader, list_images
 from vision_ssm.errors import UserError
 
@@ -60,9 +60,9 @@ class ExampleSet:
         return self.layout != "pictures"
 
     def __str__(self) -> str:
-        what = "pairs" if self.paired else "clean pictures"
+        what = f"pairs ({self.layout})" if self.paired else "clean pictures"
         of = f", {self.split} split" if self.split else ""
-        return f"{self.root}: {len(self.examples)} {what} ({self.layout}{of})"
+        return f"{self.root}: {len(self.examples)} {what}{of}"
 
 
 def find_examples(root: str | Path, *, split: Split | None = None, scale: int = 1) -> ExampleSet:
@@ -96,14 +96,14 @@ def find_examples(root: str | Path, *, split: Split | None = None, scale: int = 
     return ExampleSet(Path(root), "pictures", found_split, clean)
 
 
-def check_pictures(sets: Sequence[ExampleSet], *, scale: int, most: int = 10) -> dict[Path, ImageHeader]:
+def check_pictures(sets: Sequence[ExampleSet], *, scale: int) -> dict[Path, ImageHeader]:
     """Read the header of every picture, and refuse the sets if some are bad or do not fit their partner.
 
     Returns:
         Header of each picture, in order.
 
     Raises:
-        UserError: Names every bad file, up to ``most``.
+        UserError: Names the bad files.
     """
     files = [file for found in sets for e in found.examples for file in e.files]
     with ThreadPoolExecutor() as pool:
@@ -112,9 +112,7 @@ def check_pictures(sets: Sequence[ExampleSet], *, scale: int, most: int = 10) ->
     good = {file: header for file, header in headers.items() if isinstance(header, ImageHeader)}
     for example in (e for found in sets for e in found.examples if e.input is not None):
         problems += _misfits(example, good, scale)
-    if problems:
-        more = [f"and {len(problems) - most} more"] if len(problems) > most else []
-        raise UserError("\n  ".join([f"{len(problems)} bad pictures:", *problems[:most], *more]))
+    refuse_bad(problems)
     return good
 
 

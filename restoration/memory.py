@@ -3,7 +3,8 @@
 import torch
 
 from restoration.strips import Program, maps_in_memory
-from vision_ssm.device import free_memory
+from vision_ssm.device import free_memory, size_text
+from vision_ssm.errors import UserError
 
 _WHOLE = 1.6  # measured on a CPU: peak of whole-picture inference over the maps that must exist, 1.1 to 1.5
 _SPARE = 0.9  # share of free memory that is used
@@ -29,7 +30,16 @@ def strip_bytes(device: torch.device, allowed: int, pixels: int) -> int:
         device: on a CPU the picture itself counts too.
         allowed: bytes in all.
         pixels: of the picture or its result, whichever is larger.
+
+    Raises:
+        UserError: nothing is left beside the picture.
     """
     if device.type == "cpu":
-        allowed -= _ON_HOST * 3 * 4 * pixels
+        own = _ON_HOST * 3 * 4 * pixels
+        if own >= allowed:
+            raise UserError(
+                f"the picture and its result alone take {size_text(own)}, {size_text(allowed)} are allowed; "
+                "allow more memory"
+            )
+        allowed -= own
     return max(int(allowed * _STRIPS.get(device.type, 0.3)), 1)

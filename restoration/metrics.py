@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vision_ssm.checkpoint import load_checkpoint
 from vision_ssm.errors import UserError
 
 Channel = Literal["rgb", "y"]
@@ -90,16 +91,12 @@ class Lpips(nn.Module):
         super().__init__()
         from torchmetrics.functional.image.lpips import _LPIPS  # its public form would download the trunk
 
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"cannot read {weights}: {error.strerror or error}") from None
-        except Exception as error:
-            raise UserError(f"{weights} holds no weights: {error}") from None
+        state, _ = load_checkpoint(weights)
         self.net = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
         trunk = self.net.net.state_dict()
-        given = {name: state.get(f"features.{name.partition('.')[2]}") for name in trunk}
-        if any(given[name] is None or given[name].shape != tensor.shape for name, tensor in trunk.items()):
+        found = {name: state.get(f"features.{name.partition('.')[2]}") for name in trunk}
+        given = {name: tensor for name, tensor in found.items() if tensor is not None}
+        if {name: tensor.shape for name, tensor in given.items()} != {name: own.shape for name, own in trunk.items()}:
             raise UserError(f"{weights} is not torchvision's AlexNet (alexnet-owt-7be5be79.pth), which LPIPS needs")
         self.net.net.load_state_dict(given)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from restoration.picture import Picture
 from restoration.picture_writer import SUFFIXES, why_not
 from restoration.video import WRITABLE
+from vision_ssm.data.images import IMAGE_SUFFIXES
 from vision_ssm.data.media import is_video, named_files
 from vision_ssm.errors import UserError
 
@@ -20,9 +21,15 @@ def find_targets(inputs: Sequence[str | Path], output: Path) -> dict[Path, Path]
         output: a folder, or for a single file the name of the result.
 
     Raises:
-        UserError: nothing there, or an output that is a single file for several inputs.
+        UserError: nothing there, an output that is a single file for several inputs, the folder of the inputs, or a
+            picture of a kind that cannot be written.
     """
-    as_file = output.suffix.lower() in (*SUFFIXES, *WRITABLE) and not output.is_dir()
+    if output.is_dir() and any(Path(one).is_dir() and output.samefile(one) for one in inputs):
+        raise UserError(f"-o {output} is the folder of the inputs; choose another output folder")
+    ending = output.suffix.lower()
+    as_file = ending in (*SUFFIXES, *WRITABLE) and not output.is_dir()
+    if ending in IMAGE_SUFFIXES and not as_file and not output.is_dir():
+        raise UserError(f"-o {output}: {ending} cannot be written; take one of {' '.join(SUFFIXES)}, or give a folder")
     files = named_files(inputs, output)
     if not as_file:
         return {path: output / name for path, name in files.items()}

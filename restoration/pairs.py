@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from restoration.degrade import Degradation, crop_to_multiple, degradation_for, seed_of
-from restoration.reading import read_levels, to_tensor
+from restoration.reading import read_levels, to_tensor, with_name
 from vision_ssm.data.images import list_images
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable, write_bytes, write_text
@@ -36,7 +36,7 @@ def run_degrade(
 
     Args:
         source: picture, folder (to any depth) or glob pattern.
-        output: folder; files in it are replaced.
+        output: folder; files in it are replaced, and are no source.
         task: of `restoration.tasks`.
         degradation: parameters that replace the task's.
         seed: another one gives other noise, kernels and masks; they also follow from each file's name.
@@ -49,7 +49,10 @@ def run_degrade(
         UserError: no pictures, unknown parameters, an unwritable folder.
     """
     operator = degradation_for(task, degradation)
-    files, output = list_images(source), Path(output)
+    output = Path(output)
+    files = [file for file in list_images(source) if not file.resolve().is_relative_to(output.resolve())]
+    if not files:
+        raise UserError(f"{source} lies in the output folder {output}: its pictures would be replaced; give another")
     base = Path(source) if Path(source).is_dir() else None
     check_writable(output)
     failed = 0
@@ -63,11 +66,11 @@ def run_degrade(
             written[name] = file
         except UserError as error:
             failed += 1
-            print(f"{file}: {error}", file=sys.stderr)
+            print(with_name(file, error), file=sys.stderr)
     facts = {"task": task, "degradation": operator.parameters(), "seed": seed, "pictures": len(written)}
     write_text(output / "degradation.json", json.dumps(facts, indent=2) + "\n")
     exact = "" if format == "tiff" else " (clipped and rounded; --format tiff keeps noise as it is)"
-    print(f"{len(written)} pairs written to {output}, {failed} failed{exact}")
+    print(f"{len(written)} {'pair' if len(written) == 1 else 'pairs'} written to {output}, {failed} failed{exact}")
     return int(failed > 0)
 
 

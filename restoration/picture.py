@@ -12,7 +12,7 @@ from vision_ssm.errors import UserError
 # Shapes: H/W height and width, C 1 (grey) or 3 (RGB).
 
 _WHITE = {"uint8": 255, "uint16": 65535, "float32": 1}
-_LOW, _HIGH = -1.0, 2.0  # noise that was not clipped stays inside, other scales do not
+_LOW, _HIGH = -8.0, 9.0  # the strongest noise that `degrade` makes stays inside, other scales do not
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +51,8 @@ class Picture:
         return self.pixels.dtype.itemsize * 8
 
     def to_tensor(self) -> Tensor:
-        """(3, H, W) float32 with 1.0 for white; what is fully transparent gets the colour of its nearest neighbour.
-
-        Raises:
-            UserError: pixels that are not finite, or floats on another scale.
-        """
+        """(3, H, W) float32 with 1.0 for white; what is fully transparent gets the colour of its nearest neighbour."""
         pixels = self.pixels
-        if pixels.dtype == np.float32:
-            _check_floats(pixels)
         if self.alpha is not None:
             pixels = _without_hidden_colour(pixels, self.alpha)
         scaled = pixels.astype(np.float32) / _WHITE[pixels.dtype.name]
@@ -81,7 +75,14 @@ class Picture:
         return replace(self, pixels=pixels, alpha=alpha)
 
 
-def _check_floats(pixels: np.ndarray) -> None:
+def check_floats(pixels: np.ndarray) -> None:
+    """Refuse (H, W, C) floats that are no picture; whole numbers always are one.
+
+    Raises:
+        UserError: values that are not finite, or on another scale.
+    """
+    if pixels.dtype != np.float32:
+        return
     finite = np.isfinite(pixels)
     if not finite.all():
         row, column = np.argwhere(~finite)[0][:2]

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import psutil
+from cv2.utils import logging as _opencv
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
-from restoration.picture import Picture
+from restoration.picture import Picture, check_floats
 from vision_ssm.errors import UserError
 
 _BITS, _ORIENTATION, _SAMPLES, _RESOLUTION, _UNIT, _ICC = 258, 274, 277, (282, 283), 296, 34675  # TIFF tags
@@ -22,13 +24,15 @@ _ABOUT = (270, 271, 272, 305, 306, 315, 33432, *_OWN_DIRECTORY)
 _PNG_BITS_AT, _PNG_COLOUR_AT = 24, 25
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _EXIF_MARK = b"Exif\0\0"
+_LIMIT_OF_PILLOW = threading.Lock()
 
 
 def read_picture(path: Path) -> Picture:
     """Decode a picture and turn it upright.
 
     Raises:
-        UserError: missing, empty, damaged, cut off, not a picture, of an unusual kind, or too large for this memory.
+        UserError: missing, empty, damaged, cut off, not a picture, of an unusual kind, too large for this memory, or
+            with floats that are not finite or on another scale.
     """
     try:
         data = path.read_bytes()
@@ -36,29 +40,54 @@ def read_picture(path: Path) -> Picture:
         raise UserError(f"cannot read: {error.strerror or error}") from error
     if not data:
         raise UserError("cannot read: the file is empty")
+    with _quiet():
+        picture = _decoded(data)
+    check_floats(picture.pixels)
+    return picture
+
+
+def _decoded(data: bytes) -> Picture:
     try:
-        with _any_size(), Image.open(io.BytesIO(data)) as image:
+        with any_size():
+            image = Image.open(io.BytesIO(data))
+        with image:
             _check_memory(image)
             return _picture(image, data)
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        if data[:2] in (b"II", b"MM"):
-            return _unusual_tiff(data)
-        raise UserError("cannot read: no known picture format, or damaged at its start") from error
+        if data[:2] not in (b"II", b"MM"):
+            raise UserError("cannot read: no known picture format, or damaged at its start") from error
+        return _unusual_tiff(data)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, cv2.error, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read: damaged or cut off ({error})") from error
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Without Pillow's limit, which guards servers against strangers' files; memory is checked instead."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+def _quiet() -> Iterator[None]:
+    """Without what Pillow and OpenCV say of odd files: either they can be read, or the error tells why not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # both settings are of the process: threads that end in another order would leave them changed
+        return
+    level = _opencv.setLogLevel(_opencv.LOG_LEVEL_SILENT)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        _opencv.setLogLevel(level)
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Open files without Pillow's limit, which guards servers against strangers' files; memory is checked instead."""
+    with _LIMIT_OF_PILLOW, _quiet():  # the limit is one for all threads
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _check_memory(image: Image.Image) -> None:
@@ -79,9 +108,7 @@ def _picture(image: Image.Image, data: bytes) -> Picture:
         notes.append(f"has {frames} pages or frames; only the first is restored")
     orientation = image.getexif().get(_ORIENTATION, 1)
     exif, deep = _exif(image), _is_deep(image, data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's hint that a palette's transparency needs RGBA, which we do
-        image.load()  # finds what is cut off, also where OpenCV decodes
+    image.load()  # finds what is cut off, also where OpenCV decodes
     if deep:
         grey = data[_PNG_COLOUR_AT] in (0, 4) if image.format == "PNG" else image.mode in _GREY
         values = _decode_deep(data, grey=grey)
@@ -148,7 +175,7 @@ def _decode_deep(data: bytes, *, grey: bool) -> np.ndarray:
     if values is None:
         raise UserError("cannot read: damaged, or a kind of 16-bit file that OpenCV does not know")
     if values.dtype not in (np.uint16, np.float32):
-        raise UserError(f"pixels of type {values.dtype} cannot be restored; save it with 8 or 16 bits")
+        raise UserError(f"pixels of type {values.dtype} cannot be restored; save it with 8 or 16 bits, or as float32")
     if values.ndim == 2:
         return values[:, :, None]
     values = cv2.cvtColor(values, cv2.COLOR_BGRA2RGBA if values.shape[2] == 4 else cv2.COLOR_BGR2RGB)

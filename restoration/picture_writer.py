@@ -25,12 +25,6 @@ _INCH = 0.0254
 _OWN_TAGS = (34665, 34853)  # EXIF and GPS directories of their own
 
 
-def target_suffix(suffix: str, picture: Picture) -> str:
-    """The ending under which a picture read from a file with `suffix` is written: the same one where that can be."""
-    fits = suffix.lower() in _FORMATS and why_not(suffix, picture) is None
-    return suffix if fits else ".tif" if picture.bits == 32 else ".png"
-
-
 def why_not(suffix: str, picture: Picture) -> str | None:
     """Why files with an ending cannot hold a picture, or None where they can."""
     kind = _FORMATS.get(suffix.lower())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from restoration.config import Cache
-from restoration.picture_reader import read_picture
+from restoration.picture_reader import any_size, read_picture
 from vision_ssm.data.images import ImageHeader, read_header
 from vision_ssm.errors import UserError
 
@@ -26,14 +26,12 @@ def read_levels(path: str | Path) -> np.ndarray:
         (H, W, 3) uint8 or uint16 as stored, or float32 with 1.0 for white.
 
     Raises:
-        UserError: Names the file: missing, no picture, cut off, or with values that are not finite.
+        UserError: Names the file; as `read_picture`.
     """
     try:
         pixels = read_picture(Path(path)).pixels
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if pixels.dtype == np.float32 and not np.isfinite(pixels).all():
-        raise UserError(f"{path}: holds values that are not finite (NaN or infinite)")
     return pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
 
 
@@ -44,10 +42,16 @@ def header_of(path: Path) -> ImageHeader:
         UserError: As `read_levels`.
     """
     try:
-        return read_header(path)
-    except UserError:
+        with any_size():
+            return read_header(path)
+    except (UserError, MemoryError):  # MemoryError: a header that asks for more than any machine has
         height, width = read_levels(path).shape[:2]
         return ImageHeader(width, height, "RGB", 1)
+
+
+def with_name(path: Path, error: UserError) -> str:
+    """The text of an error about a picture, with its name in front if it is not there yet."""
+    return str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}"
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -97,13 +101,21 @@ class PictureStore:
         return read_levels(path) if kept is None else kept
 
 
-def _read_all(paths: Sequence[Path], most: int = 10) -> dict[Path, np.ndarray]:
-    with ThreadPoolExecutor() as pool:
-        read = list(pool.map(_pixels_or_problem, paths))
-    problems = [problem for problem in read if isinstance(problem, str)]
+def refuse_bad(problems: Sequence[str], most: int = 10) -> None:
+    """Do nothing where there are no problems with pictures.
+
+    Raises:
+        UserError: Lists the problems, up to ``most``.
+    """
     if problems:
         more = [f"and {len(problems) - most} more"] if len(problems) > most else []
         raise UserError("\n  ".join([f"{len(problems)} bad pictures:", *problems[:most], *more]))
+
+
+def _read_all(paths: Sequence[Path]) -> dict[Path, np.ndarray]:
+    with ThreadPoolExecutor() as pool:
+        read = list(pool.map(_pixels_or_problem, paths))
+    refuse_bad([problem for problem in read if isinstance(problem, str)])
     return {path: pixels for path, pixels in zip(paths, read, strict=True) if isinstance(pixels, np.ndarray)}
 
 

@@ -18,9 +18,9 @@ from restoration.outputs import check_inputs_kept, final_target, find_targets, v
 from restoration.picture import Picture
 from restoration.picture_reader import read_picture
 from restoration.picture_writer import write_picture
+from restoration.reading import header_of, with_name
 from restoration.restorer import USUAL, Method, PictureRestorer, Route, is_out_of_memory
 from restoration.video import count_frames, restore_video
-from vision_ssm.data.images import read_header
 from vision_ssm.data.media import is_video
 from vision_ssm.device import size_text
 from vision_ssm.errors import UserError
@@ -64,15 +64,24 @@ def run_restore(
     output = Path(output)
     suffix = f".{format}" if format else None
     targets = find_targets(inputs, output)
+    named = output in targets.values()
+    if named and suffix not in (None, output.suffix):
+        raise UserError(f"-o {output} and --format {format} contradict each other; leave out --format")
+    if named:
+        suffix = output.suffix  # another format than the one asked for is refused
     check_inputs_kept(targets, suffix)
     restorer = PictureRestorer.from_pretrained(weights, task, device=device, route=route)
     if restorer.needs_mask and mask is None:
         raise UserError("inpainting needs --mask: a picture that is black where pixels are missing")
     if mask is not None and not restorer.needs_mask:
         raise UserError(f"--mask is for inpainting; the task {restorer.card.task!r} takes none")
+    if mask is not None and not Path(mask).exists():
+        raise UserError(f"--mask {mask}: no such file or folder")
     if dry_run:
         return _Forecast(restorer).run(targets)
-    check_writable(output.parent if output in targets.values() else output)
+    check_writable(output.parent if named else output)
+    if scratch is not None:
+        check_writable(scratch)
     job = _Job(restorer, suffix, None if mask is None else Path(mask), None if scratch is None else Path(scratch))
     started = time.perf_counter()
     for path, target in tqdm(targets.items(), desc="restore", unit="file", leave=False, disable=None):
@@ -184,7 +193,7 @@ class _Forecast:
                 total += self._one(path)
             except UserError as error:
                 failed += 1
-                _say(path, f"cannot be restored: {error}")
+                tqdm.write(with_name(path, error), file=sys.stderr)
         print(f"{len(targets) - failed} files, about {_duration(total)} on {self.restorer.device}; nothing was written")
         return 1 if failed else 0
 
@@ -192,7 +201,7 @@ class _Forecast:
         if is_video(path):
             height, width, frames = count_frames(path)
         else:
-            (width, height), frames = read_header(path).shown_size, 1
+            (width, height), frames = header_of(path).shown_size, 1
         plan = self.restorer.plan(height, width)
         if plan.method not in self.speeds:
             self.speeds[plan.method] = self.restorer.speed(plan.method)
@@ -212,7 +221,10 @@ _METHODS: dict[Method, str] = {"whole": "whole picture at once", "strips": "exac
 
 def _read_known(path: Path, picture: Picture) -> Tensor:
     """(1, H, W), 1.0 where a mask is not black: these pixels are known."""
-    mask = read_picture(path)
+    try:
+        mask = read_picture(path)
+    except UserError as error:
+        raise UserError(f"the mask {path}: {error}") from None
     if mask.size != picture.size:
         (height, width), (own_height, own_width) = mask.size, picture.size
         raise UserError(f"the mask {path} is {width}x{height}, the picture {own_width}x{own_height}")

@@ -110,7 +110,7 @@ class Scratch:
         with open(self._file(of), "r+b", buffering=0) as file:
             for at, part in _stretches(of, rows, columns, window):
                 file.seek(at)
-                file.write(part)
+                _write_all(file, part)
 
     def _file(self, of: Map) -> Path:
         return self.folder / f"{of.name}{_ENDING}"
@@ -134,3 +134,9 @@ def _read_all(file, part: memoryview) -> None:
         if not count:
             raise UserError(f"{file.name} is cut off: the scratch folder was changed; remove it and start again")
         part = part[count:]
+
+
+def _write_all(file, part: memoryview) -> None:
+    """Write all of `part`; one call of the system writes at most 2 GiB."""
+    while part:
+        part = part[file.write(part) :]

@@ -45,8 +45,8 @@ class Limits:
         if lines < 1:
             needed = (1 + 2 * halo) * line_bytes
             raise UserError(
-                f"{self.bytes >> 20} MiB are too few for one line of this picture: {name} needs {needed / 2**20:.0f} "
-                "MiB beside the picture itself; allow more memory"
+                f"{self.bytes / 2**20:.2f} MiB are too few for one line of this picture: {name} needs "
+                f"{needed / 2**20:.2f} MiB beside the picture itself; allow more memory"
             )
         return lines
 

@@ -123,7 +123,9 @@ class RestorationTask(Task):
         self._save_samples(shown, run)
         levels = list(dict.fromkeys(one.level for one in scores))  # of pairs another than the operator's
         metrics = {"psnr": fmean(one.psnr for one in scores)}
-        metrics["ssim"] = fmean(one.ssim for one in scores if one.ssim is not None)
+        similar = [one.ssim for one in scores if one.ssim is not None]  # none where pictures are tiny
+        if similar:
+            metrics["ssim"] = fmean(similar)
         if len(levels) > 1:
             metrics |= {f"psnr {level}": fmean(s.psnr for s in scores if s.level == level) for level in levels}
         return metrics

@@ -80,7 +80,9 @@ def _with_pyav(source: Path, target: Path, restore: RestoreFrame, say: Callable[
                     raise UserError("cannot read the video: it has no frame that can be decoded")
             return count
     except av.FFmpegError as error:
-        raise UserError(f"cannot read or write the video: {error}") from error
+        if isinstance(error, av.InvalidDataError | av.EOFError):
+            raise UserError("cannot read the video: not a known video format, or damaged") from error
+        raise UserError(f"cannot read or write the video: {error.strerror}") from error
 
 
 class _Transcoder:

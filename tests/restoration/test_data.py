@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -216,6 +217,21 @@ def test_degrading_goes_on_after_a_bad_file(tmp_path, capsys):
     assert "coffee.jpg has the same name" in output.err
     assert "4 pairs" in output.out
     assert sorted(file.stem for file in (tmp_path / "out" / "input").iterdir()) == sorted(NAMES)
+
+
+def test_degrading_into_the_source_leaves_the_source_and_earlier_pairs_alone(tmp_path):
+    source = write_set(tmp_path / "in", 16)
+    for _ in range(2):
+        assert run_degrade(source, source / "pairs", task="denoise") == 0
+        assert len([file for file in (source / "pairs").rglob("*") if file.is_file()]) == 2 * len(NAMES) + 1
+    with pytest.raises(UserError, match="would be replaced"):
+        run_degrade(source / "pairs" / "target", source / "pairs", task="sr8")
+
+
+def test_floats_on_another_scale_are_no_training_pictures(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.full((5, 6, 3), 200, np.float32))
+    with pytest.raises(UserError, match=r"a\.tif: float pixels must have 0 for black and 1"):
+        read_levels(tmp_path / "a.tif")
 
 
 def test_degrading_twice_gives_the_same_files_and_another_seed_others(tmp_path):

@@ -81,7 +81,10 @@ def test_lpips_reads_its_trunk_from_a_file(tmp_path, pair):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth is not torchvision's AlexNet"):
         Lpips(tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"none\.pth: No such file"):
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no weights found"):
+        Lpips(tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
         Lpips(tmp_path / "none.pth")
 
 

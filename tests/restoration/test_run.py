@@ -259,6 +259,42 @@ def test_masks_are_those_that_degrade_writes(painter, tmp_path):
     assert (found[missing] != degraded[missing]).any()
 
 
+def test_a_named_result_is_never_of_another_format(weights, tmp_path, capsys):
+    deep = photo(tmp_path / "a.png", dtype="uint16")
+    assert run_restore([deep], output=tmp_path / "out" / "a.jpg", weights=weights, device="cpu") == 1
+    assert "JPEG holds no 16 bits" in capsys.readouterr().err
+    assert not tree(tmp_path / "out")
+    with pytest.raises(UserError, match="contradict"):
+        run_restore([deep], output=tmp_path / "a.tif", weights=weights, format="png")
+    with pytest.raises(UserError, match=r"\.gif cannot be written"):
+        run_restore([deep], output=tmp_path / "a.gif", weights=weights)
+
+
+def test_folders_that_cannot_be_are_refused_before_the_work(weights, painter, tmp_path):
+    file = photo(tmp_path / "in" / "a.png")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="is the folder of the inputs"):
+        run_restore([tmp_path / "in"], output=tmp_path / "in", weights=weights)
+    with pytest.raises(UserError, match="cannot write"):
+        run_restore([file], output=tmp_path / "out", weights=weights, device="cpu", scratch=tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="no such file or folder"):
+        run_restore([file], output=tmp_path / "out", weights=painter, device="cpu", mask=tmp_path / "none.png")
+
+
+def test_dry_run_knows_every_picture_that_can_be_restored(weights, tmp_path, monkeypatch):
+    write_picture(tmp_path / "in" / "float.tif", Picture(np.full((9, 8, 3), 0.5, np.float32)))
+    photo(tmp_path / "in" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert run_restore([tmp_path / "in"], output=tmp_path / "out", weights=weights, device="cpu", dry_run=True) == 0
+
+
+def test_a_picture_that_alone_takes_the_memory(weights, tmp_path, capsys):
+    file = photo(tmp_path / "a.png", (300, 400))
+    route = Route(max_memory=parse_size("1MiB"))
+    assert run_restore([file], output=tmp_path / "out", weights=weights, device="cpu", route=route) == 1
+    assert "the picture and its result alone take 5 MiB, 1 MiB are allowed" in capsys.readouterr().err
+
+
 def test_masks_that_do_not_fit(painter, weights, tmp_path, capsys):
     file = photo(tmp_path / "a.png")
     Image.new("L", (5, 4)).save(tmp_path / "m.png")
@@ -270,6 +306,9 @@ def test_masks_that_do_not_fit(painter, weights, tmp_path, capsys):
         run_restore([file], weights=weights, mask=tmp_path / "m.png", **arguments)
     assert run_restore([file], weights=painter, mask=tmp_path / "m.png", **arguments) == 1
     assert "is 5x4, the picture 51x37" in capsys.readouterr().err
+    (tmp_path / "m.png").write_bytes(b"nonsense")
+    assert run_restore([file], weights=painter, mask=tmp_path / "m.png", **arguments) == 1
+    assert f"the mask {tmp_path / 'm.png'}: cannot read" in capsys.readouterr().err
     assert run_restore([file], weights=painter, mask=tmp_path / "masks", **arguments) == 1
     assert "no mask of the name a" in capsys.readouterr().err
 

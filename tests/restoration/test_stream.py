@@ -13,7 +13,7 @@ from restoration import mambair
 from restoration.card import WeightsCard
 from restoration.mambair import MambaIR
 from restoration.restorer import PictureRestorer, Route
-from restoration.scratch import Map, Scratch
+from restoration.scratch import Map, Scratch, _write_all
 from restoration.stream import program_of, restore_streamed
 from restoration.strips import LocalPass, ScanPass
 from restoration.tiles import restore_tiled
@@ -195,3 +195,18 @@ def test_windows_of_a_map(tmp_path):
     expected = torch.zeros(1, 3, 5, 7)
     expected[..., 2:6], expected[:, :, 4:] = values[..., 2:6], values[:, :, 4:]
     assert torch.equal(found, expected[:, :, 1:, 1:])
+
+
+def test_large_maps_are_written_in_full():
+    """A call of the system takes 2 GiB at most and says how much it took."""
+
+    class Slow:
+        taken = b""
+
+        def write(self, part: memoryview) -> int:
+            self.taken += bytes(part[:3])
+            return min(len(part), 3)
+
+    file = Slow()
+    _write_all(file, memoryview(b"abcdefgh"))
+    assert file.taken == b"abcdefgh"

@@ -72,6 +72,13 @@ def test_a_run_leaves_samples_and_weights_that_can_be_used(folders, tmp_path):
     assert not torch.equal(model(image), image)
 
 
+def test_pictures_too_small_for_ssim_are_scored_without_it(folders, tmp_path):
+    config = settings(folders, tmp_path / "run", data={"val_side": 8, "epoch_samples": 4}, train={"steps": 1})
+    metrics = train(RestorationTask(config), config.train).metrics
+    assert metrics["psnr"] > 0
+    assert "ssim" not in metrics
+
+
 class Stopping(RestorationTask):
     """Asks the run to stop at a batch."""
 

@@ -134,7 +134,7 @@ def test_a_larger_result_with_odd_sides(with_sound, tmp_path):
 def test_what_is_no_video_is_refused_with_pyav_too(tmp_path):
     pytest.importorskip("av", reason="PyAV is not installed")
     (tmp_path / "a.mp4").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot read or write the video"):
+    with pytest.raises(UserError, match="not a known video format, or damaged"):
         restore_video(tmp_path / "a.mp4", tmp_path / "b.mp4", lambda frame: frame, print)
     assert not (tmp_path / "b.mp4").exists()
 
