@@ -34,6 +34,7 @@ from .gluon_kernels import (
     scan_output_kernel,
     sigmoid,
     softplus,
+    softplus_slope,
     stack4,
     state_layout,
     state_tile,
@@ -93,13 +94,6 @@ def raw_steps(
     else:
         raw = load_tile(delta, start, p, p_ok, stride, d, d_ok, WIDE).to(gl.float32) + bias[None, :]
     return raw
-
-
-@gluon.jit
-def softplus_slope(y):
-    """Derivative of softplus where its value is ``y``: 1 - e**-y, without losing the digits of small ones."""
-    series = y * (1.0 - y * (0.5 - y * (1.0 / 6.0 - y * (1.0 / 24.0))))
-    return gl.where(y < 0.05, series, 1.0 - exp2(-y * LOG2E))
 
 
 @gluon.jit
@@ -176,6 +170,73 @@ def store_low(graw_s, weight_s, ptr, start, stride, way, first, rank, W: gl.cons
     r = gl.arange(0, RP, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     ptrs = ptr + ((start + wide(p, WIDE) * stride)[None, :] + r[:, None])
     gl.store(ptrs, low.to(ptr.dtype.element_ty), mask=ok[None, :] & (r < rank)[:, None])
+
+
+@gluon.jit
+def shared_memory(
+    BN: gl.constexpr, BD: gl.constexpr, TB: gl.constexpr, RP: gl.constexpr, KEPT: gl.constexpr, WANT: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    """The staged block, scratch for sums, kept states, and what a low rank needs; unused places name used ones."""
+    dt_s = buffer(TB, BD)
+    v_s = buffer(TB, BD)
+    x_s = buffer(TB, BD)
+    dy_s = buffer(TB, BD)
+    b_s = buffer(TB, BN)
+    c_s = buffer(TB, BN)
+    channel_lanes: gl.constexpr = BD // S.size_per_thread[1]
+    state_lanes: gl.constexpr = BN // S.size_per_thread[0]
+    c_scratch = gl.allocate_shared_memory(gl.float32, [channel_lanes, 4 * BN], scratch_layout(8))
+    b_scratch = gl.allocate_shared_memory(gl.float32, [channel_lanes, 4 * BN], scratch_layout(8))
+    x_scratch = gl.allocate_shared_memory(gl.float32, [state_lanes, 4 * BD], scratch_layout(1))
+    dt_scratch = gl.allocate_shared_memory(gl.float32, [state_lanes, 4 * BD], scratch_layout(1))
+    kept = gl.allocate_shared_memory(gl.float32, [KEPT, BN, BD], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    gate_s = dt_s
+    gate_scratch = x_scratch
+    if WANT & 256:
+        gate_s = buffer(TB, BD)
+        gate_scratch = gl.allocate_shared_memory(gl.float32, [state_lanes, 4 * BD], scratch_layout(1))
+    low_s = b_s
+    low_rows_s = b_s
+    weight_s = b_s
+    if RP > 0:
+        low_s = buffer(RP, TB)
+        low_rows_s = buffer(TB, RP)
+        weight_s = buffer(RP, BD)
+    staged = (dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s)
+    return staged, (c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch), kept, (low_s, low_rows_s, weight_s)
+
+
+@gluon.jit
+def stage_backward(
+    staged, low_shared, tensors, starts, strides, way, first, channel, n_states, rank,
+    T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, WANT: gl.constexpr,
+    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Fills the staged block for the way back. tensors, starts, strides: x, dy, B, C, delta, gate (and the bias)."""
+    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
+    x, dy, bm, cm, delta, gate, bias = tensors
+    d, d_ok = channel[0], channel[1]
+    TB: gl.constexpr = b_s.shape[0]
+    BN: gl.constexpr = b_s.shape[1]
+    # All loads first: the block waits for memory once.
+    p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
+    x_t = load_tile(x, starts[0], p, p_ok, strides[0], d, d_ok, WIDE)
+    dy_t = load_tile(dy, starts[1], p, p_ok, strides[1], d, d_ok, WIDE)
+    b_rows = load_rows(bm, starts[2], strides[2], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
+    c_rows = load_rows(cm, starts[3], strides[3], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
+    raw = raw_steps(low_shared, delta, starts[4], strides[4], way, first, p, p_ok, channel, bias, rank, T, W, RP, WIDE)
+    x_s.store(stage_steps((dt_s, v_s), x_t, raw, p_ok, SOFTPLUS))
+    b_s.store(b_rows.to(gl.float32))
+    c_s.store(c_rows.to(gl.float32))
+    dy_t = dy_t.to(gl.float32)
+    if gate is not None:
+        z = load_tile(gate, starts[5], p, p_ok, strides[5], d, d_ok, WIDE).to(gl.float32)
+        s = sigmoid(z)
+        if WANT & 256:
+            gate_s.store(dy_t * s * (1.0 + z * (1.0 - s)))
+        dy_t *= z * s
+    dy_s.store(dy_t)
 
 
 @gluon.jit
@@ -302,31 +363,10 @@ def scan_gradient_kernel(
     T: gl.constexpr = tile_layout(TB, BD, W)
     Q: gl.constexpr = tile_layout(4, BD, W)
     LW: gl.constexpr = tile_layout(RP if RP > 0 else 1, BD, W)
-    dt_s = buffer(TB, BD)
-    v_s = buffer(TB, BD)
-    x_s = buffer(TB, BD)
-    dy_s = buffer(TB, BD)
-    b_s = buffer(TB, BN)
-    c_s = buffer(TB, BN)
-    c_scratch = gl.allocate_shared_memory(gl.float32, [BD // S.size_per_thread[1], 4 * BN], scratch_layout(8))
-    b_scratch = gl.allocate_shared_memory(gl.float32, [BD // S.size_per_thread[1], 4 * BN], scratch_layout(8))
-    x_scratch = gl.allocate_shared_memory(gl.float32, [BN // SN, 4 * BD], scratch_layout(1))
-    dt_scratch = gl.allocate_shared_memory(gl.float32, [BN // SN, 4 * BD], scratch_layout(1))
-    kept = gl.allocate_shared_memory(gl.float32, [KEPT, BN, BD], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    gate_s = dt_s
-    gate_scratch = x_scratch
-    if WANT & 256:
-        gate_s = buffer(TB, BD)
-        gate_scratch = gl.allocate_shared_memory(gl.float32, [BN // SN, 4 * BD], scratch_layout(1))
-    scratch = (c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch)
-    low_s = b_s
-    weight_s = b_s
-    low_rows_s = b_s
-    if RP > 0:
-        low_s = buffer(RP, TB)
-        weight_s = buffer(RP, BD)
-        low_rows_s = buffer(TB, RP)
-    low_shared = (low_s, low_rows_s, weight_s)
+    staged, scratch, kept, low_shared = shared_memory(BN, BD, TB, RP, KEPT, WANT, S)
+    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
+    c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch = scratch
+    low_rows_s, weight_s = low_shared[1], low_shared[2]
     d0 = group * group_channels + part * BD
     d = d0 + gl.arange(0, BD, gl.SliceLayout(0, T))
     dq = d0 + gl.arange(0, BD, gl.SliceLayout(0, Q))
@@ -379,26 +419,12 @@ def scan_gradient_kernel(
         for back in range(0, last + 1):
             block = last - back
             first = t0 + block * TB
-            # All loads first: the block waits for memory once.
-            p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
-            x_t = load_tile(x, b * s_x[0], p, p_ok, s_x[1], d, d_ok, WIDE)
-            dy_t = load_tile(dy, b * s_dy[0] + k * s_dy[2], p, p_ok, s_dy[1], d, d_ok, WIDE)
-            b_rows = load_rows(bm, b_at, s_b[1], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-            c_rows = load_rows(cm, c_at, s_c[1], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
-            raw = raw_steps(low_shared, delta, delta_at, s_delta[1], way, first, p, p_ok, channel, bias,
-                            rank, T, W, RP, WIDE)  # fmt: skip
-            x_t = stage_steps((dt_s, v_s), x_t, raw, p_ok, SOFTPLUS)
-            b_s.store(b_rows.to(gl.float32))
-            c_s.store(c_rows.to(gl.float32))
-            x_s.store(x_t)
-            dy_t = dy_t.to(gl.float32)
-            if gate is not None:
-                z = load_tile(gate, b * s_gate[0], p, p_ok, s_gate[1], d, d_ok, WIDE).to(gl.float32)
-                s = sigmoid(z)
-                if WANT & 256:
-                    gate_s.store(dy_t * s * (1.0 + z * (1.0 - s)))
-                dy_t *= z * s
-            dy_s.store(dy_t)
+            stage_backward(
+                staged, low_shared, (x, dy, bm, cm, delta, gate, bias),
+                (b * s_x[0], b * s_dy[0] + k * s_dy[2], b_at, c_at, delta_at, b * s_gate[0]),
+                (s_x[1], s_dy[1], s_b[1], s_c[1], s_delta[1], s_gate[1]), way, first, channel, n_states, rank,
+                T, W, RP, SOFTPLUS, WANT, ALIGN_B, ALIGN_C, WIDE,
+            )  # fmt: skip
             barrier()
             for half in range(0, TB // 4):
                 quad = TB // 4 - 1 - half
@@ -433,8 +459,7 @@ def scan_gradient_kernel(
                     if ACC & 1:
                         g_x += so_far
                         gl.store(gx + x_place, g_x, mask=q_mask & (not x_ends))
-                    ends = q_mask & x_ends if ACC & 1 else q_mask
-                    gl.store(gx_out + x_place, g_x.to(gx_out.dtype.element_ty), mask=ends)
+                    gl.store(gx_out + x_place, g_x.to(gx_out.dtype.element_ty), mask=q_mask & (x_ends | (ACC & 1 == 0)))
                 if WANT & 32:
                     sum_skip += dy_q * x_q
                 if WANT & 194:

@@ -59,6 +59,13 @@ def sigmoid(x):
     return reciprocal(1.0 + exp2(-x * LOG2E))
 
 
+@gluon.jit
+def softplus_slope(y):
+    """Derivative of softplus where its value is ``y``: 1 - e**-y, without losing the digits of small ones."""
+    series = y * (1.0 - y * (0.5 - y * (1.0 / 6.0 - y * (1.0 / 24.0))))
+    return gl.where(y < 0.05, series, 1.0 - exp2(-y * LOG2E))
+
+
 @gluon.constexpr_function
 def state_layout(BN, BD, SN, W):
     """[BN, BD]: lanes over BN / SN groups of states, the others side by side along a warp's channels."""
