@@ -167,9 +167,9 @@ class _Gradient:
         self.parts = plan.blocks_p(plan.tiles.input_gradient)
         self.state_parts = plan.blocks_p(tile := plan.tiles.projection_gradient) * plan.blocks_n(tile)
 
-    def _partial(self, wanted: bool, parts: int, *last: int) -> Tensor | None:
-        """Buffer (parts, S, K, E, Q, ...) float32, or None."""
-        return self.steps.new_empty(parts, *self.steps.shape[:4], *last) if wanted else None
+    def _partial(self, wanted: bool, parts: int, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Buffer (parts, S, K, E, Q, ...), or None."""
+        return self.steps.new_empty((parts, *self.steps.shape[:4], *last), dtype=dtype) if wanted else None
 
     def _strides(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
         of = axis.strides
@@ -180,7 +180,10 @@ class _Gradient:
     def run(self, softplus: bool) -> list[Tensor | None]:
         """Gradients of x, dt, A, B, C, D and the bias."""
         plan, needs, chunk = self.plan, self.needs, self.plan.chunk
-        gstep, gdecay, ginput = (self._partial(self.of_steps, self.parts, chunk) for _ in range(3))
+        gstep, ginput = (self._partial(self.of_steps, self.parts, chunk) for _ in range(2))
+        # What the pairs give to a position mostly cancels.
+        wide = torch.float64 if self.inputs.x.dtype == torch.float32 else torch.float32
+        gdecay = self._partial(self.of_steps, self.parts, chunk, dtype=wide)
         gout = self._partial(self.of_steps, self.state_parts, chunk)
         gpath = self._partial(self.of_steps, self.state_parts)
         gskip = self._partial(needs[5], plan.blocks_p(plan.tiles.projection_gradient))

@@ -93,7 +93,11 @@ def ssd_input_gradient_kernel(
             of_others = tl.sum(others, axis=1)
             tl.store(gstep + part, of_others + tl.sum(v - others, axis=1) + through)
             tl.store(ginput + part, through * step)
-            tl.store(gdecay + part, tl.sum(others * step[:, None], axis=0) - of_others * step)
+            if CT == tl.float32:  # noqa: SIM300
+                shares = others.to(tl.float64) * step[:, None]  # most of them cancel
+                tl.store(gdecay + part, tl.sum(shares, axis=0) - tl.sum(shares, axis=1))
+            else:
+                tl.store(gdecay + part, tl.sum(others * step[:, None], axis=0) - of_others * step)
         gu = tl.dot(mixing, dyt, gu, input_precision=PREC)
         total += gu * step[:, None]
         if skip is not None:
@@ -221,10 +225,10 @@ def ssd_step_gradient_kernel(
     later = sum_parts(gdecay, turned, e_ok[None, :], parts_p, s_part * T)
     later += sum_parts(gout, turned, e_ok[None, :], parts_np, s_part * T)
     tl.debug_barrier()
-    tl.store(gdecay + turned, tl.cumsum(later.to(tl.float64), 0).to(tl.float32), mask=e_ok[None, :])
+    tl.store(gdecay + turned, tl.cumsum(later.to(tl.float64), 0).to(gdecay.dtype.element_ty), mask=e_ok[None, :])
     tl.debug_barrier()
     earlier = (tl.cumsum(before.to(tl.float64), 0) - before).to(tl.float32)
-    glog = tl.load(gdecay + offs, mask=ok, other=0.0) + earlier + path[None, :]
+    glog = tl.load(gdecay + offs, mask=ok, other=0.0).to(tl.float32) + earlier + path[None, :]
     glog = tl.where(ok, glog, 0.0)
     decay = tl.load(a + k * heads + e, mask=e_ok, other=0.0)
     g = sum_parts(gstep, offs, ok, parts_p, s_part * T) + glog * decay[None, :]
