@@ -8,11 +8,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from statistics import median
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import kernels
+from kernels.selective_scan import gpu
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.testing import relative_rms
 
@@ -66,12 +68,10 @@ def check_inputs(size, states, orders, rank, groups, z, dtype) -> list[Tensor | 
     ]  # fmt: skip
 
 
-def check(dtype: torch.dtype) -> bool:
-    """Compares all CHECKS with float64; prints one line each."""
-    from kernels.selective_scan import gpu
-
+def check(path: ModuleType, cases: list[tuple], dtype: torch.dtype) -> bool:
+    """Compares the cases of one of the Triton back ends with float64; prints one line each."""
     passed = True
-    for size, states, orders, rank, groups, merge, z in CHECKS:
+    for size, states, orders, rank, groups, merge, z in cases:
         given = check_inputs(size, states, orders, rank, groups, z, dtype)
         wide = [None if t is None else t.double().requires_grad_() for t in given]
         options = dict(orders=orders, softplus=True, merge=merge)
@@ -80,9 +80,9 @@ def check(dtype: torch.dtype) -> bool:
         grad_y, grad_final = grad_y.to(dtype), grad_final.float()
         ((want[0] * grad_y).sum() + (want[1] * grad_final).sum()).backward()
         needs = tuple(t is not None for t in given)
-        y, final, saved = gpu.forward(*given, **options, need_backward=True)
-        grads = gpu.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
-        again = gpu.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
+        y, final, saved = path.forward(*given, **options, need_backward=True)
+        grads = path.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
+        again = path.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
         same = all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
         errors = {"y": relative_rms(y, want[0]), "final": relative_rms(final, want[1])}
         errors |= {n: relative_rms(g, w.grad) for n, g, w in zip(NAMES, grads, wide, strict=True) if w is not None}
@@ -205,7 +205,7 @@ def main() -> int:
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     dtype = getattr(torch, args.dtype)
-    passed = args.skip_check or sum(not check(d) for d in BOUND) == 0
+    passed = args.skip_check or sum(not check(gpu, CHECKS, d) for d in BOUND) == 0
     if not args.skip_time:
         time_all(dtype, ["triton", "torch"] if args.torch else ["triton"], args.repeats)
     if args.profile:

@@ -10,12 +10,10 @@ import itertools
 import sys
 
 import torch
-from check_scan_gpu import BOUND, IMAGES, LINES, NAMES, check_inputs, image_problem, line_problem, milliseconds
+from check_scan_gpu import IMAGES, LINES, check, image_problem, line_problem, milliseconds
 from torch import Tensor
 
 from kernels.selective_scan import gpu, gpu_small_state
-from kernels.selective_scan.reference import selective_scan_reference
-from kernels.testing import relative_rms
 
 CHECKS = [  # (B, H, W, D), N, orders, rank, groups, merge, z
     ((2, 13, 11, 96), 1, (0, 1, 2, 3), 12, 1, True, False),
@@ -39,31 +37,6 @@ class Scan(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         found = ctx.path.backward(grad_y, None, *tensors, saved, **ctx.options, needs=tuple(ctx.needs_input_grad[2:]))
         return None, None, *found
-
-
-def check(dtype: torch.dtype) -> bool:
-    """Compares all CHECKS with float64; prints one line each."""
-    passed = True
-    for size, states, orders, rank, groups, merge, z in CHECKS:
-        given = check_inputs(size, states, orders, rank, groups, z, dtype)
-        wide = [None if t is None else t.double().requires_grad_() for t in given]
-        options = dict(orders=orders, softplus=True, merge=merge)
-        want = selective_scan_reference(*wide, **options)
-        grad_y, grad_final = (torch.randn_like(t) for t in want)
-        grad_y, grad_final = grad_y.to(dtype), grad_final.float()
-        ((want[0] * grad_y).sum() + (want[1] * grad_final).sum()).backward()
-        needs = tuple(t is not None for t in given)
-        y, final, saved = gpu_small_state.forward(*given, **options, need_backward=True)
-        grads = gpu_small_state.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
-        again = gpu_small_state.backward(grad_y, grad_final, *given, saved, **options, needs=needs)
-        same = all(a is None or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
-        errors = {"y": relative_rms(y, want[0]), "final": relative_rms(final, want[1])}
-        errors |= {n: relative_rms(g, w.grad) for n, g, w in zip(NAMES, grads, wide, strict=True) if w is not None}
-        bad = {n: f"{e:.1e}" for n, e in errors.items() if not e <= BOUND[dtype]}
-        passed &= same and not bad
-        verdict = "ok " if same and not bad else "BAD"
-        print(f"{verdict} {dtype} {size} N{states} {orders} worst {max(errors.values()):.1e} same bits {same} {bad}")
-    return passed
 
 
 def line_run(path):
@@ -135,7 +108,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    passed = args.skip_check or sum(not check(d) for d in (torch.float32, torch.bfloat16)) == 0
+    passed = args.skip_check or sum(not check(gpu_small_state, CHECKS, d) for d in (torch.float32, torch.bfloat16)) == 0
     if not args.skip_time:
         time_all(getattr(torch, args.dtype), args.repeats)
     if args.profile:
