@@ -32,9 +32,9 @@ from generation.conditioning import (
     zero_linear,
 )
 from generation.layouts import Letter, expand_layout, scanned
-from generation.mixers import MixerName, ScanState, build_mixer
 from generation.objectives import ObjectiveName
 from vision_ssm.errors import UserError
+from vision_ssm.mixers import MixerName, ScanState, build_mixer
 
 # Shapes: B batch, F frames, C channels, H/W height and width, L places (tokens) per frame, D model width,
 # f frames that have a noise level of their own (F, or 1 for all alike).

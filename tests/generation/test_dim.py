@@ -7,10 +7,10 @@ from torch import Tensor
 from generation.conditioning import grid_positions
 from generation.dim import PATCHES, SIZES, DiM
 from generation.layouts import expand_layout
-from generation.mixers import S6Mixer, SSDMixer
 from kernels.testing import assert_close
 from tests.generation.small_models import small_dim
 from vision_ssm.errors import UserError
+from vision_ssm.mixers import S6Mixer, SSDMixer
 
 CONDITIONINGS = ("adaln_zero", "adaln_single", "token")
 # specs of the design: millions of weights for latents of 4 channels, patch 2, 1,000 classes

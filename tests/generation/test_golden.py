@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generation.convert import config_from_state_dict, convert_layer, from_official, vim_mixer
-from generation.mixers import S6Mixer
 from generation.published_diffusion import CosineSchedule
 from generation.temporal import GLULayer, TemporalConfig, temporal_layer
 from generation.unet import SSMVideoUNet
@@ -18,6 +17,7 @@ from kernels.s4d import torch_path
 from tests.generation.published import SHIPPED, Case, read
 from tests.golden import values
 from vision_ssm.mamba import BidirectionalMamba
+from vision_ssm.mixers import S6Mixer
 
 LAYER_ERROR, GRADIENT_ERROR, NET_ERROR = 2e-6, 1e-4, 2e-5
 """Largest absolute error of layers and of nets; of gradients relative to the largest entry."""

@@ -1,4 +1,4 @@
-"""Sequence mixers of a DiM: bidirectional selective scan (Vision Mamba, section 3.3) and bidirectional SSD (Mamba-2).
+"""Sequence mixers: bidirectional selective scan (Vision Mamba, section 3.3) and bidirectional SSD (Mamba-2).
 
 Both read any axis of a channels-last tensor in place, so temporal layers transpose nothing. A causal mixer has the
 forward direction alone and hands on what it has read, its convolution's last inputs and its scan's state, so that a
