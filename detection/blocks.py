@@ -13,8 +13,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions
+from vision_ssm.mixers2d import build_mixer2d
 from vision_ssm.scan_parameters import Init
-from vision_ssm.ss2d import SS2D
 
 MLP_RATIO = 4
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.03)
@@ -118,9 +119,11 @@ class ODSSBlock(nn.Module):
         in_channels: C_in.
         channels: C.
         neck: Build the neck kind.
-        scans: Chained SS2D modules.
+        scans: Chained SS2D modules, or mixers in their place (and under their name, which the weights have).
         lsblock: Keep the local block (the second version of the paper removed it).
         init: Rule for the scan's constants, see ``vision_ssm.scan_parameters``.
+        mixer: See ``vision_ssm.mixers2d``.
+        options: Of scans.
     """
 
     def __init__(
@@ -132,13 +135,17 @@ class ODSSBlock(nn.Module):
         scans: int = 1,
         lsblock: bool = True,
         init: Init = "official",
+        mixer: MixerName = "s6",
+        options: ScanOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
         identity = neck and in_channels == channels
         self.proj = nn.Identity() if identity else ConvNormAct(in_channels, channels, bias=not neck)
         self.local = LSBlock(channels) if lsblock else nn.Identity()
         self.norm1 = LayerNorm2d(channels, eps=1e-6)
-        self.ss2d = nn.Sequential(*(SS2D(channels, init=init) for _ in range(scans)))
+        self.ss2d = nn.Sequential(
+            *(build_mixer2d(mixer, channels, init=init, act="gelu", options=options) for _ in range(scans))
+        )
         self.norm2 = LayerNorm2d(channels, eps=1e-6)
         self.mlp = RGBlock(channels)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from detection.data_config import DataConfig
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
@@ -20,6 +21,20 @@ class ModelConfig:
     """Blocks per backbone stage before depth scaling (released code 3,3,9,3; second paper version 3,6,6,3)."""
     init: Literal["official", "vmamba"] = "official"
     """Initial values of the scans: as the released code, or as Mamba and VMamba."""
+    mixer: MixerName = "s6"
+    """What mixes the pixels: s6 and ssd scan in four directions, nc_ssd has no order, s4d scans rows and columns,
+    attention costs the square of the number of pixels, gated_conv is the control without a scan."""
+    mixer_pattern: MapPattern = "same"
+    """Where attention stands in the backbone: alternating in each stage, or last_half_attention of the last two."""
+    polar: tuple[int, int] = (0, 0)
+    """States of decay 1 and of decay 0 beside the learned ones, such as [1, 1] (of s6 and ssd; s4d has [1, 0])."""
+    smr: int = 0
+    """Taps of the memory that is replayed into a scan's input; 0 for none. Experimental."""
+
+    def __post_init__(self) -> None:
+        MixerStack(
+            self.mixer, self.mixer_pattern, ScanOptions(self.polar, self.smr), maps=True
+        )  # refuses what cannot be
 
 
 def _recipe() -> TrainConfig:

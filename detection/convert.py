@@ -131,7 +131,8 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the arguments of ``MambaYOLO`` off a state dict in our names.
 
-    The initialisation leaves no trace in trained weights and is given as ``official``.
+    The initialisation leaves no trace in trained weights and is given as ``official``; the mixers are SS2D, which is
+    all that published weights have.
 
     Raises:
         UserError: The tensors are not those of a Mamba-YOLO.
@@ -152,6 +153,10 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "lsblock": any(".local." in name for name in state_dict),
         "stage_repeats": tuple(max(round(count / depth), 1) for count in blocks),
         "init": "official",
+        "mixer": "s6",
+        "mixer_pattern": "same",
+        "polar": (0, 0),
+        "smr": 0,
     }
 
 

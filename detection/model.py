@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detection.blocks import SPPF, ConvNormAct, ODSSBlock, SimpleStem, VisionClueMerge
 from detection.head import STRIDES, DetectionHead
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.scan_parameters import Init
 
 SizeName = Literal["t", "b", "l"]
@@ -48,13 +49,19 @@ NECK_SCANS = 3
 class Backbone(nn.Module):
     """(B, 3, H, W) -> maps at strides 8, 16, 32."""
 
-    def __init__(self, widths: Sequence[int], repeats: Sequence[int], *, lsblock: bool, init: Init) -> None:
+    def __init__(
+        self, widths: Sequence[int], repeats: Sequence[int], *, lsblock: bool, init: Init, stack: MixerStack
+    ) -> None:
         super().__init__()
+
+        def stage(width: int, repeat: int) -> nn.Sequential:
+            layers = stack.layers(repeat, coarse=width in widths[-2:])
+            return nn.Sequential(
+                *(ODSSBlock(width, width, lsblock=lsblock, init=init, mixer=m, options=o) for m, o in layers)
+            )
+
         self.stem = SimpleStem(3, widths[0])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(ODSSBlock(width, width, lsblock=lsblock, init=init) for _ in range(repeat)))
-            for width, repeat in zip(widths, repeats, strict=True)
-        )
+        self.stages = nn.ModuleList(stage(width, repeat) for width, repeat in zip(widths, repeats, strict=True))
         self.merges = nn.ModuleList(VisionClueMerge(a, b) for a, b in pairwise(widths))
         self.sppf = SPPF(widths[-1])
 
@@ -68,13 +75,16 @@ class Backbone(nn.Module):
 
 
 class Neck(nn.Module):
-    """Path aggregation: top-down, then bottom-up. Widths are kept."""
+    """Path aggregation: top-down, then bottom-up. Widths are kept. Mixers are of one kind, patterns are for stages."""
 
-    def __init__(self, widths: Sequence[int], scans: int, *, lsblock: bool, init: Init) -> None:
+    def __init__(self, widths: Sequence[int], scans: int, *, lsblock: bool, init: Init, stack: MixerStack) -> None:
         super().__init__()
 
         def block(in_channels: int, channels: int) -> ODSSBlock:
-            return ODSSBlock(in_channels, channels, neck=True, scans=scans, lsblock=lsblock, init=init)
+            return ODSSBlock(
+                in_channels, channels, neck=True, scans=scans, lsblock=lsblock, init=init,
+                mixer=stack.mixer, options=stack.options,
+            )  # fmt: skip
 
         w3, w4, w5 = widths
         self.top_down4 = block(w5 + w4, w4)
@@ -104,9 +114,14 @@ class MambaYOLO(nn.Module):
         lsblock: Keep the local block before every scan.
         stage_repeats: Blocks per backbone stage before the size's depth multiplier.
         init: Initial scan constants: ``official`` as the released code, ``vmamba`` as Mamba and VMamba.
+        mixer: What mixes the pixels, see ``vision_ssm.mixers2d``.
+        mixer_pattern: Where attention stands among the blocks of a backbone stage, see ``vision_ssm.mixer_config``;
+            last_half_attention changes the last two stages alone (MambaVision).
+        polar: Option of scans, see ``vision_ssm.mixer_config``.
+        smr: Option of scans, see there.
 
     Raises:
-        UserError: Unknown size, fewer than one class, or not four positive repeats.
+        UserError: Unknown size or mixer, fewer than one class, not four positive repeats, or options that do not fit.
     """
 
     def __init__(
@@ -117,6 +132,10 @@ class MambaYOLO(nn.Module):
         lsblock: bool = True,
         stage_repeats: Sequence[int] = (3, 3, 9, 3),
         init: Init = "official",
+        mixer: MixerName = "s6",
+        mixer_pattern: MapPattern = "same",
+        polar: Sequence[int] = (0, 0),
+        smr: int = 0,
     ) -> None:
         super().__init__()
         if size not in SCALES:
@@ -132,13 +151,18 @@ class MambaYOLO(nn.Module):
             "lsblock": lsblock,
             "stage_repeats": tuple(stage_repeats),
             "init": init,
+            "mixer": mixer,
+            "mixer_pattern": mixer_pattern,
+            "polar": tuple(polar),
+            "smr": smr,
         }
         """Arguments that build this model again: ``MambaYOLO(**model.config)``."""
+        stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr), maps=True)
         scale = SCALES[size]
         widths = [scale.channels(c) for c in STAGE_CHANNELS]
         repeats = [scale.repeats(n) for n in stage_repeats]
-        self.backbone = Backbone(widths, repeats, lsblock=lsblock, init=init)
-        self.neck = Neck(widths[1:], scale.repeats(NECK_SCANS), lsblock=lsblock, init=init)
+        self.backbone = Backbone(widths, repeats, lsblock=lsblock, init=init, stack=stack)
+        self.neck = Neck(widths[1:], scale.repeats(NECK_SCANS), lsblock=lsblock, init=init, stack=stack)
         self.head = DetectionHead(widths[1:], num_classes)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import MixerName, MixerPattern, MixerStack, ScanOptions
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 SYNTHETIC = "synthetic"
@@ -21,7 +22,15 @@ class ModelConfig:
     depth: int | None = None
     """Instead of the size's."""
     patch: int = 2
-    mixer: Literal["s6", "ssd"] = "s6"
+    mixer: MixerName = "s6"
+    """What lets tokens see one another: the scans s6, ssd and s4d, nc_ssd without an order, attention, or gated_conv,
+    the control without a scan."""
+    mixer_pattern: MixerPattern = "same"
+    """Where attention stands among the layers: alternating, last_half_attention, or first_scan_without_positions."""
+    polar: tuple[int, int] = (0, 0)
+    """States of decay 1 and of decay 0 beside the learned ones, such as [1, 1] (of s6 and ssd; s4d has [1, 0])."""
+    smr: int = 0
+    """Taps of the memory that is replayed into a scan's input; 0 for none. Experimental."""
     conditioning: Literal["adaln_zero", "adaln_single", "token"] = "adaln_zero"
     layout: str = ""
     """Letters s (scan over the tokens of a frame), t (over the frames at a place), j (over all), repeated over the
@@ -33,6 +42,9 @@ class ModelConfig:
     """Share of the training samples whose class is hidden, for guidance."""
     recompute: bool = False
     """Keep no activations inside of blocks: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        MixerStack(self.mixer, self.mixer_pattern, ScanOptions(self.polar, self.smr))  # may refuse them
 
 
 @dataclass(frozen=True)

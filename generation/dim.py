@@ -34,7 +34,8 @@ from generation.conditioning import (
 from generation.layouts import Letter, expand_layout, scanned
 from generation.objectives import ObjectiveName
 from vision_ssm.errors import UserError
-from vision_ssm.mixers import MixerName, ScanState, build_mixer
+from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerPattern, MixerStack, ScanOptions
+from vision_ssm.mixers import ScanState, build_mixer
 
 # Shapes: B batch, F frames, C channels, H/W height and width, L places (tokens) per frame, D model width,
 # f frames that have a noise level of their own (F, or 1 for all alike).
@@ -80,6 +81,7 @@ class DiMBlock(nn.Module):
         dim: D.
         letter: What the layer reads along, see ``generation.layouts``.
         mixer: Kind of mixer.
+        options: Of scans.
         conditioning: How time and class come in.
         state_size: Of the mixer, None for its default.
         causal: Whether layers along time read forwards only.
@@ -94,15 +96,19 @@ class DiMBlock(nn.Module):
         conditioning: Conditioning,
         state_size: int | None,
         causal: bool,
+        options: ScanOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
         self.letter: Letter = letter
         self.modulation = build_modulation(conditioning, dim, added=letter == "t")
-        self.mixer = build_mixer(mixer, dim, state_size=state_size, causal=causal and letter != "s")
+        self.mixer = build_mixer(
+            mixer, dim, state_size=state_size, causal=causal and letter != "s", options=options
+        )  # fmt: skip
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """See the class; ``condition`` is ``Conditions.layers``."""
-        return self.advance(x, condition)[0]
+        h, axis, gate = self._modulated(x, condition)
+        return x + gate * self.mixer(h, axis).view_as(x)
 
     def advance(
         self, x: Tensor, condition: Tensor, before: ScanState | None = None, after: ScanState | None = None
@@ -153,7 +159,12 @@ class DiM(ModelMixin, ConfigMixin):
         sample_size: H and W that pipelines draw if not told otherwise; one number for a square.
         sample_frames: F that pipelines draw if not told otherwise.
         num_classes: Classes from 0; None for an unconditional model.
-        mixer: ``s6`` (selective scan) or ``ssd`` (Mamba-2, made of matrix products).
+        mixer: ``s6`` (selective scan), ``ssd`` (Mamba-2, made of matrix products), or another of
+            ``vision_ssm.mixers``.
+        mixer_pattern: Where attention stands among the layers, see ``vision_ssm.mixer_config``.
+            first_scan_without_positions leaves the positions of places and frames out (MambaFormer).
+        polar: Option of scans, see ``vision_ssm.mixer_config``.
+        smr: Option of scans, see there.
         conditioning: ``adaln_zero``, ``adaln_single`` or ``token``, see ``generation.conditioning``.
         layout: What the layers read along, repeated over the depth: "s" for images, "sst" for video.
         causal: Layers along time (t, j) read forwards only, so that a video can stream without end. There is no
@@ -162,7 +173,7 @@ class DiM(ModelMixin, ConfigMixin):
         label_dropout: Share of labels that training replaces by "no class".
         width: Instead of the size's; a multiple of 4.
         depth: Instead of the size's.
-        state_size: States of the mixer, None for 16 (s6) or 64 (ssd).
+        state_size: States of the mixer, None for 16 (s6, s4d) or 64 (ssd, nc_ssd).
 
     Raises:
         UserError: A value that is not allowed.
@@ -192,6 +203,9 @@ class DiM(ModelMixin, ConfigMixin):
         width: int | None = None,
         depth: int | None = None,
         state_size: int | None = None,
+        mixer_pattern: MixerPattern = "same",
+        polar: Sequence[int] = (0, 0),
+        smr: int = 0,
     ) -> None:
         super().__init__()
         _check(patch, num_classes, objective, label_dropout)
@@ -203,13 +217,16 @@ class DiM(ModelMixin, ConfigMixin):
         self.shared_modulation = zero_linear(dim, 3 * dim) if conditioning == "adaln_single" else None
         tokens = 0 if conditioning != "token" else 1 if num_classes is None else 2
         self.token_positions = nn.Parameter(0.02 * torch.randn(tokens, dim)) if tokens else None
+        stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr))
+        self.positions = stack.positions
         self.blocks = nn.ModuleList(
             DiMBlock(
-                dim, letter, mixer=mixer, conditioning=conditioning, state_size=state_size, causal=causal
+                dim, letter, mixer=name, conditioning=conditioning, state_size=state_size if name == mixer else None,
+                causal=causal, options=options,
             )
-            for letter in expand_layout(layout, layers)
+            for letter, (name, options) in zip(expand_layout(layout, layers), stack.layers(layers), strict=True)
         )  # fmt: skip
-        timed = not causal and any(letter != "s" for letter in expand_layout(layout, layers))
+        timed = stack.positions and not causal and any(letter != "s" for letter in expand_layout(layout, layers))
         self.frame_gate = nn.Parameter(torch.zeros(dim)) if timed else None
         self.head = Head(dim, patch * patch * in_channels)
         nn.init.xavier_uniform_(self.patches.weight.view(dim, -1))
@@ -290,6 +307,12 @@ class DiM(ModelMixin, ConfigMixin):
         """
         if not self.config["causal"] and any(block.letter != "s" for block in self.blocks):
             raise UserError("this model's layers along time read both ways; streaming needs one trained as causal=True")
+        blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        if any(block.letter != "s" and not block.mixer.recurrent for block in blocks):
+            raise UserError(
+                "this model has attention along time, which keeps every frame; streaming needs scans there: "
+                'mixer_pattern "same" with s6, ssd, s4d or gated_conv'
+            )
 
     def layers(self, sample: Tensor) -> list[DiMBlock]:
         """The blocks that act on a sample: an image has no time to read along."""
@@ -302,9 +325,10 @@ class DiM(ModelMixin, ConfigMixin):
         video = sample.unsqueeze(2) if sample.ndim == 4 else sample
         batch, _, frames = video.shape[:3]
         maps = self.patches(video.transpose(1, 2).flatten(0, 1))  # (B F, D, H/p, W/p)
-        positions = grid_positions(maps.shape[2], maps.shape[3], maps.shape[1], maps.device)
-        tokens = maps.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
-        x = tokens + positions.to(self.patches.weight.dtype)
+        x = maps.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
+        if self.positions:
+            positions = grid_positions(maps.shape[2], maps.shape[3], maps.shape[1], maps.device)
+            x = x + positions.to(self.patches.weight.dtype)
         time = self.time(self._levels(timestep, batch, frames, sample.device))  # (B, f, D)
         labels = self._class_vectors(class_labels, batch, sample.device)  # (B, 1, D) or None
         both = F.silu(time if labels is None else time + labels).unsqueeze(2)

@@ -129,11 +129,11 @@ class VideoStream:
         Raises:
             UserError: It cannot be written.
         """
-        names = {"conv": 0, "scan": 1}
         tensors = {
-            f"{i}.{name}": state[at].detach().cpu().contiguous()
+            f"{i}.{name}": tensor.detach().cpu().contiguous()
             for i, state in enumerate(self._states or ())
-            for name, at in names.items()
+            for name, tensor in state._asdict().items()
+            if tensor is not None
         }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt", _MARK: json.dumps(self._card())})
@@ -161,15 +161,18 @@ class VideoStream:
         )
         stream.frame_index = card["frame_index"]
         device = pipeline._execution_device
-        count = len(tensors) // 2
-        states = [ScanState(*(tensors[f"{i}.{name}"].to(device) for name in ("conv", "scan"))) for i in range(count)]
+        parts: list[dict[str, Tensor]] = [{} for name in tensors if name.endswith(".scan")]
+        for name, tensor in tensors.items():
+            i, _, part = name.partition(".")
+            parts[int(i)][part] = tensor.to(device)
+        states = [ScanState(**part) for part in parts]
         stream._states = states if stream.frame_index else None
         return stream
 
     @property
     def state_bytes(self) -> int:
         """What the stream remembers of all frames so far."""
-        return sum(t.nbytes for state in self._states or () for t in state)
+        return sum(t.nbytes for state in self._states or () for t in state if t is not None)
 
     def _predict(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Guided prediction for one frame (B, C, 1, H, W) that follows the finished ones."""
@@ -177,7 +180,7 @@ class VideoStream:
         def rows(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
             states = self._states
             if states is not None and len(x) != self._rows:  # no guidance at this noise level: the first half is enough
-                states = [ScanState(*(t[: len(x)] for t in state)) for state in states]
+                states = [state.rows(len(x)) for state in states]
             return self.model.advance(x.to(self.model.dtype), t, labels, states)[0]
 
         return self.guidance.predict(rows, x, timestep, self.labels, self.model.config["num_classes"])

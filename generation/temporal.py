@@ -17,46 +17,15 @@ from torch import Tensor, nn
 
 from generation.frame_attention import TemporalAttention, TemporalLinearAttention
 from kernels import causal_conv1d, selective_scan
-from kernels.s4d.op import s4d
 from vision_ssm.errors import UserError
-from vision_ssm.scan_parameters import DT_MAX, DT_MIN, ScanParameters
+from vision_ssm.s4d import S4D
+from vision_ssm.scan_parameters import ScanParameters, exact, spare_from_decay
 
 Scan = Literal["s4d", "s6"]
 Kind = Literal["s4d", "s6", "attention", "linear_attention"]
 Variant = Literal["glu", "mlp", "gated", "mamba"]
 CONV_SIZE = 4
 """Taps of the depthwise convolutions of `MambaLayer`."""
-
-
-class S4D(nn.Module):
-    """Diagonal state space with constant coefficients (Gu et al., 2022; initialised as S4D-Lin).
-
-    Shape: (B, F, ..., C) -> (B, F, ..., C)
-
-    Args:
-        channels: C.
-        state_size: N, real states per channel: N / 2 complex modes.
-        reverse: Read from the last frame.
-    """
-
-    def __init__(self, channels: int, *, state_size: int = 16, reverse: bool = False) -> None:
-        super().__init__()
-        if state_size < 2 or state_size % 2:
-            raise UserError(f"state_size: got {state_size}, S4D needs an even number of states (two per complex mode)")
-        modes = state_size // 2
-        low, high = math.log(DT_MIN), math.log(DT_MAX)
-        self.reverse = reverse
-        self.log_dt = nn.Parameter(torch.empty(channels).uniform_(low, high))
-        self.log_A_real = nn.Parameter(torch.full((channels, modes), math.log(0.5)))
-        self.A_imag = nn.Parameter(math.pi * torch.arange(modes).float().repeat(channels, 1))
-        self.C = nn.Parameter(torch.randn(channels, modes, 2) * 0.5**0.5)
-        self.D = nn.Parameter(torch.randn(channels))
-        _spare_from_decay(self.log_dt, self.log_A_real, self.A_imag)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        constants = (self.log_dt, self.log_A_real, self.A_imag, self.C, self.D)
-        return cast(Tensor, s4d(x, *(_exact(c, x) for c in constants), reverse=self.reverse))
 
 
 class S6(nn.Module):
@@ -76,7 +45,7 @@ class S6(nn.Module):
         self.split = (math.ceil(channels / 16), state_size, state_size)
         self.x_proj = nn.Linear(channels, sum(self.split), bias=False)
         self.scan = ScanParameters(1, channels, state_size=state_size, rank=self.split[0])
-        _spare_from_decay(self.scan.A_log, self.scan.D)
+        spare_from_decay(self.scan.A_log, self.scan.D)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -84,12 +53,12 @@ class S6(nn.Module):
         y = selective_scan(
             x,
             delta,
-            _exact(self.scan.A[0], x),
+            exact(self.scan.A[0], x),
             B,
             C,
-            _exact(self.scan.D[0], x),
+            exact(self.scan.D[0], x),
             delta_weight=self.scan.dt_weight[0],
-            delta_bias=_exact(self.scan.dt_bias[0], x),
+            delta_bias=exact(self.scan.dt_bias[0], x),
             softplus=True,
             reverse=self.reverse,
         )
@@ -325,14 +294,3 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
     for other in others:
         first = first + other
     return first
-
-
-def _exact(parameter: Tensor, like: Tensor) -> Tensor:
-    """Constants of a scan are float32 in every model, float64 beside float64."""
-    return parameter.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-def _spare_from_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that weight decay must not touch, as ``vision_ssm.training.optim`` understands it."""
-    for parameter in parameters:
-        parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,7 +5,10 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision_ssm.ss2d import SS2D
+from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions
+from vision_ssm.mixers import AttentionMixer
+from vision_ssm.mixers2d import build_mixer2d
+from vision_ssm.ss2d import GatedMap
 
 NORM_EPS = 1e-5
 
@@ -14,21 +17,27 @@ class SerpentBlock(nn.Module):
     """x + SS2D(LN(x)): the gated four-direction scan is the whole block, there is no feed-forward half.
 
     This is the form of the first VMamba blocks of early 2024. Shape kept. Autocast makes the norm's result float32; it
-    goes back to the type of the maps once, for both projections that read it.
+    goes back to the type of the maps once, for both projections that read it. Another mixer takes SS2D's place and its
+    name, which the weights have.
+
+    Args:
+        channels: of the map.
+        mixer: see `vision_ssm.mixers2d`.
+        options: of scans.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, mixer: MixerName = "s6", options: ScanOptions = NO_OPTIONS) -> None:
         super().__init__()
         self.norm = LayerNorm2d(channels, eps=NORM_EPS)
-        self.ss2d = SS2D(channels, init="vmamba", act="silu")
+        self.ss2d = build_mixer2d(mixer, channels, init="vmamba", act="silu", options=options)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return x + scan_maps(self.ss2d, self.norm(x).to(x.dtype))
 
 
-def scan_maps(ss2d: SS2D, x: Tensor) -> Tensor:
-    """Apply a scan module, which takes pixels, to maps: (B, C, H, W) -> (B, C, H, W)."""
+def scan_maps(ss2d: nn.Module, x: Tensor) -> Tensor:
+    """Apply a mixer, which takes pixels, to maps: (B, C, H, W) -> (B, C, H, W)."""
     return ss2d(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -58,8 +67,11 @@ def checkpoint_blocks(net: nn.Module, enable: bool = True) -> None:
 
 
 def init_projections(net: nn.Module) -> None:
-    """Draw the projections into and out of every scan from a normal distribution of 0.02, cut off at two sigma."""
+    """Draw the projections into and out of every mixer from a normal distribution of 0.02, cut off at two sigma."""
     for module in net.modules():
-        if isinstance(module, SS2D):
+        if isinstance(module, AttentionMixer):
+            for projection in (module.qkv, module.proj):
+                trunc_normal_(projection.weight, std=0.02)
+        if isinstance(module, GatedMap):
             for projection in (module.in_proj, module.gate_proj, module.out_proj):
                 trunc_normal_(projection.weight, std=0.02)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from restoration.tasks import find_task
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 Cache = Literal["auto", "ram", "none"]
@@ -21,8 +22,22 @@ class ModelConfig:
     """Channels of the finest level instead of the variant's."""
     depths: tuple[int, ...] | None = None
     """Blocks per level instead of the variant's."""
+    mixer: MixerName = "s6"
+    """What mixes the pixels: s6 and ssd scan in four directions, nc_ssd has no order, s4d scans rows and columns,
+    attention costs the square of the number of pixels, gated_conv is the control without a scan."""
+    mixer_pattern: MapPattern = "same"
+    """Where attention stands among the blocks of a level: alternating, or last_half_attention at the two coarsest."""
+    polar: tuple[int, int] = (0, 0)
+    """States of decay 1 and of decay 0 beside the learned ones, such as [1, 1] (of s6 and ssd; s4d has [1, 0])."""
+    smr: int = 0
+    """Taps of the memory that is replayed into a scan's input; 0 for none. Experimental."""
     recompute: bool = False
     """Keep no activations inside of blocks: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        MixerStack(
+            self.mixer, self.mixer_pattern, ScanOptions(self.polar, self.smr), maps=True
+        )  # refuses what cannot be
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from restoration.blocks import NORM_EPS, Blocks, SerpentBlock, init_projections
 from restoration.unet import DecoderLevel, EncoderLevel, RestorationUNet
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 
 VariantName = Literal["fast", "small", "base", "base-p4", "large", "full-res"]
 
@@ -75,9 +76,14 @@ class Serpent(RestorationUNet):
         patch: p instead of the variant's.
         width: C instead of the variant's.
         depths: Blocks per level instead of the variant's; their number is the number of levels.
+        mixer: What mixes the pixels, see `vision_ssm.mixers2d`.
+        mixer_pattern: Where attention stands among the blocks of a level, see `vision_ssm.mixer_config`;
+            last_half_attention changes the two coarsest sizes alone (MambaVision).
+        polar: Option of scans, see `vision_ssm.mixer_config`.
+        smr: Option of scans, see there.
 
     Raises:
-        UserError: Unknown variant, or a number that is not positive.
+        UserError: Unknown variant or mixer, or a number that is not allowed.
     """
 
     def __init__(
@@ -89,17 +95,25 @@ class Serpent(RestorationUNet):
         patch: int | None = None,
         width: int | None = None,
         depths: Sequence[int] | None = None,
+        mixer: MixerName = "s6",
+        mixer_pattern: MapPattern = "same",
+        polar: Sequence[int] = (0, 0),
+        smr: int = 0,
     ) -> None:
         size = _resolve(variant, patch, width, depths)
+        stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr), maps=True)
+
+        def blocks(channels: int, count: int) -> Blocks:
+            layers = stack.layers(count, coarse=channels in widths[-2:])
+            return Blocks(*(SerpentBlock(channels, mixer=name, options=options) for name, options in layers))
+
         widths = [size.width * 2**i for i in range(len(size.depths))]
         levels = list(zip(pairwise(widths), size.depths, strict=False))
         super().__init__(
             stem=_stem(in_channels, size.width, size.patch),
-            encoder=[EncoderLevel(_blocks(a, n), nn.Conv2d(a, b, 2, stride=2)) for (a, b), n in levels],
-            middle=_blocks(widths[-1], size.depths[-1]),
-            decoder=[
-                DecoderLevel(up(b, a, 2), nn.Conv2d(2 * a, a, 1), _blocks(a, n)) for (a, b), n in reversed(levels)
-            ],
+            encoder=[EncoderLevel(blocks(a, n), nn.Conv2d(a, b, 2, stride=2)) for (a, b), n in levels],
+            middle=blocks(widths[-1], size.depths[-1]),
+            decoder=[DecoderLevel(up(b, a, 2), nn.Conv2d(2 * a, a, 1), blocks(a, n)) for (a, b), n in reversed(levels)],
             head=Head(size.width, out_channels, size.patch),
             in_channels=in_channels,
             out_channels=out_channels,
@@ -113,6 +127,10 @@ class Serpent(RestorationUNet):
             "patch": size.patch,
             "width": size.width,
             "depths": size.depths,
+            "mixer": mixer,
+            "mixer_pattern": mixer_pattern,
+            "polar": stack.options.polar,
+            "smr": smr,
         }
         """Arguments that build this model again: ``Serpent(**model.config)``."""
 
@@ -127,10 +145,6 @@ def _stem(in_channels: int, width: int, patch: int) -> nn.Conv2d:
     if patch == 1:
         return nn.Conv2d(in_channels, width, 3, padding=1)
     return nn.Conv2d(in_channels, width, patch, stride=patch)
-
-
-def _blocks(channels: int, count: int) -> Blocks:
-    return Blocks(*(SerpentBlock(channels) for _ in range(count)))
 
 
 def _resolve(variant: str, patch: int | None, width: int | None, depths: Sequence[int] | None) -> Variant:

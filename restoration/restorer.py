@@ -14,7 +14,7 @@ from restoration.forward import keep_known, network_input
 from restoration.memory import allowed_bytes, strip_bytes, whole_bytes
 from restoration.networks import Restorer
 from restoration.pretrained import load_model
-from restoration.stream import program_of, restore_streamed
+from restoration.stream import program_of, require_strips, restore_streamed
 from restoration.strips import Limits, Machine, Program, Tick, strip_in_memory
 from restoration.tasks import find_task, weights_for
 from restoration.tiles import origins, restore_tiled
@@ -149,7 +149,7 @@ class PictureRestorer:
         """What will happen to a picture of that size, in pixels of the file.
 
         Raises:
-            UserError: not one line of it fits into the memory that is allowed.
+            UserError: not one line of it fits into the memory that is allowed, or strips are not for this network.
         """
         side = self.card.scale // self.model.scale
         return self._plan(height * side, width * side)
@@ -164,6 +164,7 @@ class PictureRestorer:
         whole, allowed = whole_bytes(program), self._allowed()
         if self.route.strip is None and whole <= allowed:
             return Plan("whole", whole, 0, height * width)
+        require_strips(self.model)
         reason = "" if self.route.strip else f"whole needs about {size_text(whole)}, {size_text(allowed)} are allowed"
         memory = strip_in_memory(program, self._limits(height, width))
         return Plan("strips", memory, program.scratch_bytes, height * width, reason)

@@ -37,7 +37,8 @@ from restoration.strips import (
 )
 from restoration.unet import DecoderLevel, EncoderLevel, RestorationUNet, pad_to_multiple
 from vision_ssm.errors import UserError
-from vision_ssm.ss2d import DIRECTIONS, SS2D
+from vision_ssm.mixer_config import NO_OPTIONS
+from vision_ssm.ss2d import DIRECTIONS, SS2D, GatedMap
 
 _PROBE = 8  # side of the small map by which a part shows what it makes of a map; a multiple of every stride
 
@@ -57,6 +58,21 @@ def program_of(model: nn.Module, height: int, width: int) -> Program:
     if isinstance(model, MambaIR):
         return _mambair(model, height, width)
     raise UserError(f"a {type(model).__name__} cannot be computed strip by strip; use --tile")
+
+
+def require_strips(model: nn.Module) -> None:
+    """Refuse a network whose mixers cannot hand a state from strip to strip; its program tells what it needs, no more.
+
+    Raises:
+        UserError: with the mixer, and what to do instead.
+    """
+    for block in model.modules():
+        if isinstance(block, SerpentBlock) and not _carries(block.ss2d):
+            raise UserError(
+                f"only SS2D without options hands its state from strip to strip, and this network has "
+                f"{type(block.ss2d).__name__}: allow more memory (--max-memory), so that the picture is computed as a "
+                "whole, or use --tile"
+            )
 
 
 def restore_streamed(
@@ -85,8 +101,9 @@ def restore_streamed(
         (C_out, H_out, W_out) float32 on the CPU.
 
     Raises:
-        UserError: the network is of another kind, not one line fits into memory, or the disk has no room.
+        UserError: the network or its mixer is of another kind, not one line fits into memory, or the disk has no room.
     """
+    require_strips(model)
     device = _device(model)
     limits = Limits(lines=strip, bytes=(memory or 1 << 30) if strip is None else None)
     with tempfile.TemporaryDirectory(prefix="vssm-") as temporary, torch.inference_mode():
@@ -176,13 +193,14 @@ class _Plan:
         """Add a `MeanPass`."""
         return self.add(MeanPass(name, (of,), self.map(1, 1, of.channels)))
 
-    def scan(self, name: str, x: Map, norm: nn.Module, ss2d: SS2D, join: Callable[[Tensor, Tensor], Tensor]) -> Map:
-        """Add the four passes of join(x, SS2D(norm(x)))."""
-        inner = ss2d.conv.in_channels
+    def scan(self, name: str, x: Map, norm: nn.Module, ss2d: Any, join: Callable[[Tensor, Tensor], Tensor]) -> Map:
+        """Add the four passes of join(x, SS2D(norm(x))); of another mixer, passes of that size that cannot run."""
+        carries = _carries(ss2d)
+        inner = ss2d.conv.in_channels if isinstance(ss2d, GatedMap) else 2 * x.channels
         result, earlier = x, ()
 
         def finish(own: Tensor, scanned: Tensor) -> Tensor:
-            return join(own, _outer(ss2d, norm(own), scanned))
+            return join(own, _outer(cast(SS2D, ss2d), norm(own), scanned))
 
         for direction in _ORDER:
             last = direction == _ORDER[-1]
@@ -191,7 +209,7 @@ class _Plan:
                 name=f"{name}, {direction.replace('_', ' ')}",
                 inputs=(x, *earlier),
                 output=output,
-                step=_step(ss2d, norm, direction),
+                step=_step(cast(SS2D, ss2d), norm, direction) if carries else _no_step,
                 finish=finish if last else None,
                 columns=direction.startswith("columns"),
                 reverse=direction.endswith("reversed"),
@@ -229,6 +247,15 @@ def _step(ss2d: SS2D, norm: nn.Module, direction: str) -> ScanStep:
         return y.permute(0, 3, 1, 2), state
 
     return step
+
+
+def _no_step(strip: Tensor, inner: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    raise AssertionError("require_strips refuses this network")
+
+
+def _carries(mixer: nn.Module) -> bool:
+    """Whether a mixer's state can be handed from strip to strip as `_step` does it."""
+    return isinstance(mixer, SS2D) and mixer.options == NO_OPTIONS
 
 
 def _outer(ss2d: SS2D, normed: Tensor, scanned: Tensor) -> Tensor:

@@ -136,7 +136,16 @@ class RestorationTask(Task):
 
     def _network(self) -> Serpent:
         model = self.settings.model
-        return Serpent(model.variant, in_channels=self.task.in_channels, width=model.width, depths=model.depths)
+        return Serpent(
+            model.variant,
+            in_channels=self.task.in_channels,
+            width=model.width,
+            depths=model.depths,
+            mixer=model.mixer,
+            mixer_pattern=model.mixer_pattern,
+            polar=model.polar,
+            smr=model.smr,
+        )
 
     def _model_config(self) -> dict[str, Any]:
         with torch.device("meta"):  # asked for at every checkpoint

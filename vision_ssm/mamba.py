@@ -1,14 +1,15 @@
 """The bidirectional Mamba mixer over a sequence of tokens (Vision Mamba, section 3.3 and algorithm 1)."""
 
 import math
-from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import selective_scan
 from kernels.selective_scan.op import Backend
-from vision_ssm.scan_parameters import ScanParameters
+from vision_ssm.memory_replay import MemoryReplay
+from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
+from vision_ssm.scan_parameters import ScanParameters, exact, present_only
 
 # Shapes: B batch, L tokens, C model width, D = expand * C inner channels, N state size, R rank of the step size.
 
@@ -25,18 +26,30 @@ class DirectionalScan(nn.Module):
         conv_size: Taps of the causal depthwise convolution.
         reverse: Read the sequence from its end.
         backend: Back end of the scan, see ``kernels.selective_scan``.
+        options: Of the scan.
     """
 
     def __init__(
-        self, channels: int, *, state_size: int, rank: int, conv_size: int, reverse: bool, backend: Backend
+        self,
+        channels: int,
+        *,
+        state_size: int,
+        rank: int,
+        conv_size: int,
+        reverse: bool,
+        backend: Backend,
+        options: ScanOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
         self.reverse = reverse
         self.backend: Backend = backend
-        self.split = (rank, state_size, state_size)
+        self.options = options
+        states = state_size + sum(options.polar)
+        self.split = (rank, states, states)
         self.conv = nn.Conv1d(channels, channels, conv_size, groups=channels)
         self.x_proj = nn.Linear(channels, sum(self.split), bias=False)
-        self.scan = ScanParameters(1, channels, state_size=state_size, rank=rank)
+        self.scan = ScanParameters(1, channels, state_size=state_size, rank=rank, ones=options.polar[0])
+        self.replay = MemoryReplay(channels, options.smr, reverse=reverse) if options.smr else None
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """(B, L, D) input and gate -> (B, L, D)."""
@@ -44,22 +57,36 @@ class DirectionalScan(nn.Module):
         padding, kernel = ((0, taps), self.conv.weight.flip(-1)) if self.reverse else ((taps, 0), self.conv.weight)
         u = F.conv1d(F.pad(x.transpose(1, 2), padding), kernel, self.conv.bias, groups=self.conv.groups)
         u = F.silu(u).transpose(1, 2).contiguous()
-        delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (B, L, R | N | N)
-        y = selective_scan(
+        return self.scanned(u, z.to(u.dtype))[0]
+
+    def scanned(
+        self, u: Tensor, gate: Tensor, axis: int = 1, start: Tensor | None = None, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What follows the convolution, along any axis but the last: gated output, state and replayed memory after."""
+        if self.replay is not None:
+            u, memory = self.replay(u, axis, memory)
+        delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (..., R | N | N)
+        zeros = self.options.polar[1]
+        kept = B.shape[-1] - zeros
+        constants = (exact(self.scan.A[0], u), B[..., :kept], C[..., :kept], exact(self.scan.D[0], u))
+        weight, bias = self.scan.dt_weight[0], exact(self.scan.dt_bias[0], u)
+        y, final = selective_scan(
             u,
             delta,
-            self.scan.A[0],
-            B,
-            C,
-            self.scan.D[0],
-            delta_weight=self.scan.dt_weight[0],
-            delta_bias=self.scan.dt_bias[0],
+            *constants,
+            delta_weight=weight,
+            delta_bias=bias,
             softplus=True,
-            z=z.to(u.dtype),
+            z=gate,
             reverse=self.reverse,
+            dim=axis,
+            initial_state=start,
+            return_final_state=True,
             backend=self.backend,
         )
-        return cast(Tensor, y)
+        if zeros:
+            y = y + present_only(u, delta, weight, bias, B[..., kept:], C[..., kept:]) * F.silu(gate)
+        return y, final, memory
 
 
 class BidirectionalMamba(nn.Module):
@@ -77,6 +104,7 @@ class BidirectionalMamba(nn.Module):
         conv_size: Taps of the causal depthwise convolutions.
         dt_rank: R; ceil(C / 16) if not given.
         backend: Back end of the scan, see ``kernels.selective_scan``.
+        options: Of the scans.
     """
 
     def __init__(
@@ -88,6 +116,7 @@ class BidirectionalMamba(nn.Module):
         conv_size: int = 4,
         dt_rank: int | None = None,
         backend: Backend = "auto",
+        options: ScanOptions = NO_OPTIONS,
     ) -> None:
         super().__init__()
         inner = int(expand * dim)
@@ -95,7 +124,13 @@ class BidirectionalMamba(nn.Module):
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.forwards, self.backwards = (
             DirectionalScan(
-                inner, state_size=state_size, rank=rank, conv_size=conv_size, reverse=reverse, backend=backend
+                inner,
+                state_size=state_size,
+                rank=rank,
+                conv_size=conv_size,
+                reverse=reverse,
+                backend=backend,
+                options=options,
             )
             for reverse in (False, True)
         )

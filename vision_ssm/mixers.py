@@ -1,29 +1,33 @@
-"""Sequence mixers: bidirectional selective scan (Vision Mamba, section 3.3) and bidirectional SSD (Mamba-2).
+"""Sequence mixers by name: scans (s6, ssd, s4d), ssd without an order, attention, and a control without either.
 
-Both read any axis of a channels-last tensor in place, so temporal layers transpose nothing. A causal mixer has the
-forward direction alone and hands on what it has read, its convolution's last inputs and its scan's state, so that a
-sequence can be continued later; a bidirectional one takes such states from both sides of a piece.
+All read any axis of a channels-last tensor in place, so temporal layers transpose nothing. A causal scan has the
+forward direction alone and hands on what it has read, its convolution's last inputs and its state, so that a sequence
+can be continued later; a bidirectional one takes such states from both sides of a piece.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import causal_conv1d, selective_scan, ssd
+from kernels import causal_conv1d, ssd, ssd_noncausal
 from vision_ssm.errors import UserError
 from vision_ssm.mamba import DirectionalScan
-from vision_ssm.scan_parameters import DT_FLOOR, DT_MAX, DT_MIN
+from vision_ssm.memory_replay import MemoryReplay
+from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
+from vision_ssm.s4d import S4D
+from vision_ssm.scan_parameters import DT_FLOOR, DT_MAX, DT_MIN, exact, spare_from_decay
 
 # Shapes: ... batch axes, L the axis that is read, C model width, D = 2 C inner channels, E heads, P = D / E channels
 # per head, N state size, R rank of the step size, T taps of the convolution.
 
-MixerName = Literal["s6", "ssd"]
 EXPAND, TAPS = 2, 4
 S6_STATES, SSD_STATES, HEAD_WIDTH = 16, 64, 64
+NC_TAPS = 3
+"""Width of nc_ssd's convolution, the only thing in it that knows the order."""
 
 
 class ScanState(NamedTuple):
@@ -32,7 +36,14 @@ class ScanState(NamedTuple):
     conv: Tensor
     """The last T - 1 inputs of the convolution: the mixer's axes with T - 1 in place of L."""
     scan: Tensor
-    """(..., D, N) for s6, (..., E, P, N) for ssd, without the axis that is read; float32."""
+    """(..., D, N) for s6, (..., E, P, N) for ssd, (..., D, N / 2, 2) for s4d, (..., 0) for gated_conv, without the axis
+    that is read; float32."""
+    memory: Tensor | None = None
+    """The last inputs of the memory replay, as ``conv``; None without."""
+
+    def rows(self, count: int) -> "ScanState":
+        """The state of the first sequences of a batch."""
+        return ScanState(self.conv[:count], self.scan[:count], None if self.memory is None else self.memory[:count])
 
 
 class Direction(ABC):
@@ -55,7 +66,7 @@ class Direction(ABC):
 class S6Direction(DirectionalScan, Direction):
     """Short convolution, projections and gated selective scan; the parameters are those of ``DirectionalScan``."""
 
-    def __init__(self, dim: int, *, state_size: int, reverse: bool) -> None:
+    def __init__(self, dim: int, *, state_size: int, reverse: bool, options: ScanOptions = NO_OPTIONS) -> None:
         super().__init__(
             EXPAND * dim,
             state_size=state_size,
@@ -63,48 +74,38 @@ class S6Direction(DirectionalScan, Direction):
             conv_size=TAPS,
             reverse=reverse,
             backend="auto",
+            options=options,
         )
-        _spare_from_decay(self.scan.A_log, self.scan.D)
+        spare_from_decay(self.scan.A_log, self.scan.D)
 
     def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
-        delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (..., R | N | N)
-        y, scan = selective_scan(
-            u,
-            delta,
-            _exact(self.scan.A[0], u),
-            B,
-            C,
-            _exact(self.scan.D[0], u),
-            delta_weight=self.scan.dt_weight[0],
-            delta_bias=_exact(self.scan.dt_bias[0], u),
-            softplus=True,
-            z=gate,
-            reverse=self.reverse,
-            dim=axis,
-            initial_state=None if state is None else state.scan,
-            return_final_state=True,
-        )
-        return y, ScanState(conv, scan)
+        start, memory = (None, None) if state is None else (state.scan, state.memory)
+        y, scan, memory = self.scanned(u, gate, axis, start, memory)
+        return y, ScanState(conv, scan, memory)
 
 
 class SSDDirection(nn.Module, Direction):
-    """Short convolution of input, B and C, then SSD with one decay per head."""
+    """Short convolution of input, B and C, then SSD with one decay per head.
 
-    def __init__(self, dim: int, *, state_size: int, reverse: bool) -> None:
+    Of the heads, the first ``polar[0]`` have decay 1, the last ``polar[1]`` decay 0.
+    """
+
+    def __init__(self, dim: int, *, state_size: int, reverse: bool, options: ScanOptions = NO_OPTIONS) -> None:
         super().__init__()
         inner = EXPAND * dim
-        self.reverse = reverse
+        self.reverse, self.options = reverse, options
         self.heads = _heads(inner)
+        learned = learned_heads(self.heads, options)
         self.split = (inner, state_size, state_size)
         self.conv = nn.Conv1d(sum(self.split), sum(self.split), TAPS, groups=sum(self.split))
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())  # the range that Mamba-2 starts from
+        self.A_log = nn.Parameter(torch.empty(learned).uniform_(1, 16).log())  # the range that Mamba-2 starts from
         self.D = nn.Parameter(torch.ones(self.heads))
-        steps = torch.empty(self.heads).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
-        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
-        _spare_from_decay(self.A_log, self.D)
+        self.dt_bias = nn.Parameter(first_steps(self.heads))
+        self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
+        spare_from_decay(self.A_log, self.D)
 
     def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
         """See ``Direction``; ``projected`` is gate, input, B, C and step sizes, D | D | N | N | E."""
@@ -112,40 +113,83 @@ class SSDDirection(nn.Module, Direction):
         _, xBC, dt = projected.split((inner, sum(self.split), self.heads), dim=-1)
         xBC, conv = _convolve(xBC, self.conv, axis, state, reverse=self.reverse)
         x, B, C = xBC.split(self.split, dim=-1)
+        start, memory = (None, None) if state is None else (state.scan, state.memory)
+        if self.replay is not None:
+            x, memory = self.replay(x, axis, memory)
+        ones, zeros = self.options.polar
+        kept = self.heads - zeros
+        x, B, C = x.unflatten(-1, (self.heads, -1)), B.unsqueeze(-2), C.unsqueeze(-2)
+        D, dt_bias = exact(self.D, x), exact(self.dt_bias, x)
         y, scan = ssd(
-            x.unflatten(-1, (self.heads, -1)),
-            dt,
-            -_exact(self.A_log, x).exp(),
-            B.unsqueeze(-2),
-            C.unsqueeze(-2),
-            _exact(self.D, x),
-            dt_bias=_exact(self.dt_bias, x),
+            x[..., :kept, :],
+            dt[..., :kept],
+            F.pad(-exact(self.A_log, x).exp(), (ones, 0)),
+            B,
+            C,
+            D[:kept],
+            dt_bias=dt_bias[:kept],
             softplus=True,
             reverse=self.reverse,
             dim=axis,
-            initial_state=None if state is None else state.scan,
+            initial_state=start,
             return_final_state=True,
         )
-        return y.flatten(-2), ScanState(conv, scan)
+        if zeros:
+            now = present_heads(x[..., kept:, :], dt[..., kept:], B, C, D[kept:], dt_bias[kept:])
+            y = torch.cat([cast(Tensor, y), now], dim=-2)
+        return y.flatten(-2), ScanState(conv, scan, memory)
+
+
+class S4DDirection(nn.Module, Direction):
+    """Short convolution and gated S4D: an ``S6Direction`` whose coefficients do not depend on the input."""
+
+    def __init__(self, dim: int, *, state_size: int, reverse: bool, options: ScanOptions = NO_OPTIONS) -> None:
+        super().__init__()
+        inner = EXPAND * dim
+        self.reverse = reverse
+        self.conv = nn.Conv1d(inner, inner, TAPS, groups=inner)
+        self.scan = S4D(inner, state_size=state_size, reverse=reverse, total=options.polar[0] > 0)
+        self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
+
+    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+        """See ``Direction``; ``projected`` is value and gate, 2 D."""
+        value, gate = projected.chunk(2, dim=-1)
+        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
+        start, memory = (None, None) if state is None else (state.scan, state.memory)
+        if self.replay is not None:
+            u, memory = self.replay(u, axis, memory)
+        y, scan = self.scan.advance(u, axis, start)
+        return y * F.silu(gate), ScanState(conv, scan, memory)
+
+
+class ConvDirection(nn.Module, Direction):
+    """Short convolution and gate, what is left of an ``S6Direction`` without its scan."""
+
+    def __init__(self, dim: int, *, reverse: bool) -> None:
+        super().__init__()
+        inner = EXPAND * dim
+        self.reverse = reverse
+        self.conv = nn.Conv1d(inner, inner, TAPS, groups=inner)
+
+    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+        """See ``Direction``; ``projected`` is value and gate, 2 D."""
+        value, gate = projected.chunk(2, dim=-1)
+        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
+        return u * F.silu(gate), ScanState(conv, u.select(axis, 0)[..., :0].float())
 
 
 class Mixer(nn.Module, ABC):
-    """Input projection, a scan in one or two directions, output projection.
-
-    The outputs of two directions are averaged: their plain sum doubles the activations, which is where published
-    models lose mixed precision.
+    """What lets the positions along one axis see one another.
 
     Shape: (..., C) -> (..., C), read along any axis but the last.
     """
 
-    in_proj: nn.Linear
-    forwards: S6Direction | SSDDirection
-    backwards: S6Direction | SSDDirection | None
-    out_proj: nn.Linear
+    recurrent: ClassVar[bool] = False
+    """Whether ``advance`` can go on from a state."""
 
+    @abstractmethod
     def forward(self, x: Tensor, axis: int) -> Tensor:
         """Mix whole sequences along ``axis``."""
-        return self.advance(x, axis)[0]
 
     def advance(
         self, x: Tensor, axis: int, before: ScanState | None = None, after: ScanState | None = None
@@ -160,7 +204,46 @@ class Mixer(nn.Module, ABC):
 
         Returns:
             The output, and the forward state after the piece.
+
+        Raises:
+            UserError: This mixer has no recurrence.
         """
+        raise UserError(
+            f"{type(self).__name__} has no recurrence: it reads a sequence as a whole and cannot go on from a state; "
+            "what streams, or is computed in pieces, needs s6, ssd, s4d or gated_conv along that axis"
+        )
+
+    def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
+        """The backward direction's state at the start of a piece, which the piece before it needs; None if causal.
+
+        Raises:
+            UserError: As ``advance``.
+        """
+        self.advance(x, axis)
+        return None
+
+
+class ScanMixer(Mixer):
+    """Input projection, a scan in one or two directions, output projection.
+
+    The outputs of two directions are averaged: their plain sum doubles the activations, which is where published
+    models lose mixed precision.
+    """
+
+    recurrent = True
+    in_proj: nn.Linear
+    forwards: S6Direction | SSDDirection | S4DDirection | ConvDirection
+    backwards: S6Direction | SSDDirection | S4DDirection | ConvDirection | None
+    out_proj: nn.Linear
+
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        """Mix whole sequences along ``axis``."""
+        return self.advance(x, axis)[0]
+
+    def advance(
+        self, x: Tensor, axis: int, before: ScanState | None = None, after: ScanState | None = None
+    ) -> tuple[Tensor, ScanState]:
+        """See ``Mixer``."""
         projected = self.in_proj(x)
         y, state = self.forwards.read(projected, axis, before)
         if self.backwards is not None:
@@ -168,77 +251,255 @@ class Mixer(nn.Module, ABC):
         return self.out_proj(self.gated(y, projected)), state
 
     def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
-        """The backward direction's state at the start of a piece, which the piece before it needs; None if causal."""
+        """See ``Mixer``."""
         return None if self.backwards is None else self.backwards.read(self.in_proj(x), axis, after)[1]
 
-    @abstractmethod
     def gated(self, y: Tensor, projected: Tensor) -> Tensor:
-        """What goes into the output projection: (..., D) -> (..., D)."""
+        """What goes into the output projection, (..., D) -> (..., D); most directions gate their output themselves."""
+        return y
 
 
-class S6Mixer(Mixer):
+class S6Mixer(ScanMixer):
     """Vision Mamba's mixer: input projection, gate and output projection shared by the directions, the rest not.
-
-    Shape: (..., C) -> (..., C)
 
     Args:
         dim: C.
         state_size: N.
         causal: Read forwards only.
+        options: Of the scans.
     """
 
-    def __init__(self, dim: int, *, state_size: int = S6_STATES, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, *, state_size: int = S6_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
+    ) -> None:
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * EXPAND * dim, bias=False)
-        self.forwards = S6Direction(dim, state_size=state_size, reverse=False)
-        self.backwards = None if causal else S6Direction(dim, state_size=state_size, reverse=True)
+        self.forwards = S6Direction(dim, state_size=state_size, reverse=False, options=options)
+        self.backwards = None if causal else S6Direction(dim, state_size=state_size, reverse=True, options=options)
         self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
 
-    def gated(self, y: Tensor, projected: Tensor) -> Tensor:
-        """The scan gates its output itself."""
-        return y
 
-
-class SSDMixer(Mixer):
+class SSDMixer(ScanMixer):
     """Mamba-2's mixer in two directions: products of matrices instead of a scan, so it suits GPUs best.
 
     The projections of input, B, C and step sizes are shared by the directions; convolution, decays and biases are not.
-
-    Shape: (..., C) -> (..., C)
 
     Args:
         dim: C, a multiple of 32, so that heads of 64 channels (fewer if 2 C is less) fill 2 C.
         state_size: N.
         causal: Read forwards only.
+        options: Of the scans.
     """
 
-    def __init__(self, dim: int, *, state_size: int = SSD_STATES, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, *, state_size: int = SSD_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
+    ) -> None:
         super().__init__()
         inner = EXPAND * dim
         self.in_proj = nn.Linear(dim, 2 * inner + 2 * state_size + _heads(inner), bias=False)
-        self.forwards = SSDDirection(dim, state_size=state_size, reverse=False)
-        self.backwards = None if causal else SSDDirection(dim, state_size=state_size, reverse=True)
+        self.forwards = SSDDirection(dim, state_size=state_size, reverse=False, options=options)
+        self.backwards = None if causal else SSDDirection(dim, state_size=state_size, reverse=True, options=options)
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def gated(self, y: Tensor, projected: Tensor) -> Tensor:
-        """Gate, then norm, as Mamba-2; the norm in its weight's type, so that autocast does not shorten it."""
-        return self.norm((y * F.silu(projected[..., : y.shape[-1]])).to(self.norm.weight.dtype))
+        """Gate, then norm, as Mamba-2."""
+        return gated_norm(y, projected[..., : y.shape[-1]], self.norm)
 
 
-def build_mixer(name: MixerName, dim: int, *, state_size: int | None, causal: bool) -> Mixer:
-    """The mixer of that name; without ``state_size`` it has 16 states for s6, 64 for ssd.
+class S4DMixer(ScanMixer):
+    """The frame of ``S6Mixer`` around S4D: what a scan gives whose coefficients do not depend on the input.
+
+    Args:
+        dim: C.
+        state_size: N, an even number of real states.
+        causal: Read forwards only.
+        options: Of the scans.
+    """
+
+    def __init__(
+        self, dim: int, *, state_size: int = S6_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
+    ) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * EXPAND * dim, bias=False)
+        self.forwards = S4DDirection(dim, state_size=state_size, reverse=False, options=options)
+        self.backwards = None if causal else S4DDirection(dim, state_size=state_size, reverse=True, options=options)
+        self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
+
+
+class GatedConvMixer(ScanMixer):
+    """The control: the frame of ``S6Mixer`` without its scan, a gated CNN block (after MambaOut, 2024).
+
+    A position sees the ``TAPS`` - 1 before it and, unless causal, as many after it.
+
+    Args:
+        dim: C.
+        causal: Read forwards only.
+    """
+
+    def __init__(self, dim: int, *, causal: bool = False) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * EXPAND * dim, bias=False)
+        self.forwards = ConvDirection(dim, reverse=False)
+        self.backwards = None if causal else ConvDirection(dim, reverse=True)
+        self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
+
+
+class NonCausalSSDMixer(Mixer):
+    """SSD without an order (VSSD, 2024): every position reads one sum over all; a short convolution knows the order.
+
+    Args:
+        dim: C, a multiple of 32, as for ``SSDMixer``.
+        state_size: N.
+    """
+
+    def __init__(self, dim: int, *, state_size: int = SSD_STATES) -> None:
+        super().__init__()
+        inner = EXPAND * dim
+        self.heads = _heads(inner)
+        self.split = (inner, state_size, state_size)
+        self.in_proj = nn.Linear(dim, inner + sum(self.split) + self.heads, bias=False)
+        self.conv = nn.Conv1d(sum(self.split), sum(self.split), NC_TAPS, padding=NC_TAPS // 2, groups=sum(self.split))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.dt_bias = nn.Parameter(first_steps(self.heads))
+        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        spare_from_decay(self.A_log, self.D)
+
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        """See ``Mixer``."""
+        lines, shape = as_lines(x, axis)
+        z, xBC, dt = self.in_proj(lines).split((self.split[0], sum(self.split), self.heads), dim=-1)
+        xBC = F.silu(self.conv(xBC.transpose(1, 2))).transpose(1, 2).contiguous()
+        u, B, C = xBC.split(self.split, dim=-1)
+        y = ssd_noncausal(
+            u.unflatten(-1, (self.heads, -1)),
+            dt,
+            -exact(self.A_log, u).exp(),
+            B.unsqueeze(-2),
+            C.unsqueeze(-2),
+            exact(self.D, u),
+            dt_bias=exact(self.dt_bias, u),
+            softplus=True,
+        )
+        return from_lines(self.out_proj(gated_norm(y.flatten(-2), z, self.norm)), shape, axis)
+
+
+class AttentionMixer(Mixer):
+    """Softmax attention with several heads: all pairs of positions, so the cost grows with the square of the length.
+
+    Args:
+        dim: C; heads have 64 channels, or the largest common divisor of C and 64.
+        causal: Look back only.
+    """
+
+    def __init__(self, dim: int, *, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal = dim // math.gcd(dim, HEAD_WIDTH), causal
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, axis: int) -> Tensor:
+        """See ``Mixer``."""
+        lines, shape = as_lines(x, axis)
+        q, k, v = self.qkv(lines).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (S, E, L, P)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return from_lines(self.proj(y.transpose(1, 2).flatten(2)), shape, axis)
+
+
+SCAN_MIXERS = {"s6": S6Mixer, "ssd": SSDMixer, "s4d": S4DMixer}
+
+
+def build_mixer(
+    name: MixerName,
+    dim: int,
+    *,
+    state_size: int | None = None,
+    causal: bool = False,
+    options: ScanOptions = NO_OPTIONS,
+) -> Mixer:
+    """The mixer of that name.
+
+    Args:
+        name: s6, ssd, nc_ssd, s4d, attention or gated_conv.
+        dim: C.
+        state_size: N; None for 16 (s6, s4d) or 64 (ssd, nc_ssd). Attention and gated_conv have none.
+        causal: Every position sees those before it only.
+        options: Of scans.
 
     Raises:
-        UserError: Another name, or a state size that cannot be.
+        UserError: Another name, or what that mixer cannot have.
     """
+    check_mixer(name)
+    options.check(name)
     if state_size is not None and not 1 <= state_size <= 256:
         raise UserError(f"state_size must be 1 to 256, got {state_size}")
-    if name == "s6":
-        return S6Mixer(dim, state_size=state_size or S6_STATES, causal=causal)
-    if name == "ssd":
-        return SSDMixer(dim, state_size=state_size or SSD_STATES, causal=causal)
-    raise UserError(f'mixer must be "s6" (selective scan) or "ssd" (Mamba-2), got {name!r}')
+    sized = {} if state_size is None else {"state_size": state_size}
+    if name in SCAN_MIXERS:
+        return SCAN_MIXERS[name](dim, causal=causal, options=options, **sized)
+    if name == "nc_ssd":
+        if causal:
+            raise UserError("mixer nc_ssd has no order, so it cannot read forwards only: use ssd, or causal: false")
+        return NonCausalSSDMixer(dim, **sized)
+    if sized:
+        raise UserError(f"mixer {name} has no states: leave state_size out, got {state_size}")
+    return AttentionMixer(dim, causal=causal) if name == "attention" else GatedConvMixer(dim, causal=causal)
+
+
+def learned_heads(heads: int, options: ScanOptions) -> int:
+    """How many of an SSD's heads have a decay that is learned.
+
+    Raises:
+        UserError: None would be left.
+    """
+    left = heads - sum(options.polar)
+    if left < 1:
+        raise UserError(
+            f"polar {list(options.polar)} takes {sum(options.polar)} of ssd's heads, and this width has {heads}: at "
+            "least one must be left to learn its decay; take fewer, or a wider network"
+        )
+    return left
+
+
+def first_steps(count: int) -> Tensor:
+    """Biases of step sizes, log-uniform after the softplus (Mamba, section 3.6)."""
+    steps = torch.empty(count).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
+    return steps + torch.log(-torch.expm1(-steps))  # inverse of softplus
+
+
+def present_heads(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """SSD's heads of decay 0: y_t = (dt_t <B_t, C_t> + D) x_t, which no rate is low enough to give exactly in a scan.
+
+    Args:
+        x: (..., E, P).
+        dt: (..., E).
+        B: (..., 1, N).
+        C: As B.
+        D: (E,).
+        dt_bias: (E,).
+
+    Returns:
+        (..., E, P) in x's dtype.
+    """
+    gain = F.softplus(dt.to(dt_bias.dtype) + dt_bias) * (B * C).sum(-1) + D
+    return (gain.unsqueeze(-1) * x).to(x.dtype)
+
+
+def gated_norm(y: Tensor, gate: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Gate, then norm, as Mamba-2; the norm in its weight's type, so that autocast does not shorten it."""
+    return norm((y * F.silu(gate)).to(norm.weight.dtype))
+
+
+def as_lines(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
+    """(..., C) -> (S, L, C) with L the axis that is read, and what ``from_lines`` needs to go back."""
+    moved = x.movedim(axis, -2)
+    return moved.reshape(-1, *moved.shape[-2:]), moved.shape
+
+
+def from_lines(lines: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    """Inverse of ``as_lines``."""
+    return lines.reshape(shape).movedim(-2, axis)
 
 
 def _convolve(
@@ -258,19 +519,10 @@ def _convolve(
     return y, last
 
 
-def _exact(parameter: Tensor, like: Tensor) -> Tensor:
-    """Decays, skips and biases of steps are float32 in every model, float64 beside float64."""
-    return parameter.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
 def _heads(inner: int) -> int:
     width = min(HEAD_WIDTH, inner)
     if inner % width:
-        raise UserError(f"width must be a multiple of 32 for the ssd mixer and its heads, got {inner // 2}")
+        raise UserError(
+            f"width must be a multiple of 32 for the mixers ssd and nc_ssd and their heads, got {inner // 2}"
+        )
     return inner // width
-
-
-def _spare_from_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that weight decay must not touch, as ``vision_ssm.training.optim`` understands it."""
-    for parameter in parameters:
-        parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]

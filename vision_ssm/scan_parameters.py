@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Shapes: K scans (directions), D channels, N state size, R rank of the step size.
@@ -24,10 +25,14 @@ class ScanParameters(nn.Module):
         rank: R, width of the low-rank step size.
         init: ``official`` is what the released Mamba-YOLO code does (A = -1 for every state, step-size weights and
             biases standard normal); ``vmamba`` is Mamba's own rule (A = -1..-N, steps log-uniform in [0.001, 0.1]).
+        ones: States more per channel that never decay, without parameters (option ``polar``).
     """
 
-    def __init__(self, scans: int, channels: int, *, state_size: int, rank: int, init: Init = "vmamba") -> None:
+    def __init__(
+        self, scans: int, channels: int, *, state_size: int, rank: int, init: Init = "vmamba", ones: int = 0
+    ) -> None:
         super().__init__()
+        self.ones = ones
         self.A_log = nn.Parameter(torch.empty(scans, channels, state_size))
         self.D = nn.Parameter(torch.empty(scans, channels))
         self.dt_weight = nn.Parameter(torch.empty(scans, channels, rank))
@@ -55,5 +60,34 @@ class ScanParameters(nn.Module):
 
     @property
     def A(self) -> Tensor:  # noqa: N802 (the name of the literature)
-        """(K, D, N) negative real decay rates."""
-        return -self.A_log.exp()
+        """(K, D, N) negative real decay rates; with ``ones``, (K, D, N + ones), the last ones zero."""
+        return F.pad(-self.A_log.exp(), (0, self.ones)) if self.ones else -self.A_log.exp()
+
+
+def present_only(u: Tensor, delta: Tensor, delta_weight: Tensor, delta_bias: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """What states of decay 0 give, y_t = <B_t, C_t> delta_t u_t: no rate is low enough to make that exact in a scan.
+
+    Args:
+        u: (..., D).
+        delta: (..., R).
+        delta_weight: (D, R).
+        delta_bias: (D,).
+        B: (..., Z), of the states of decay 0.
+        C: As B.
+
+    Returns:
+        (..., D) in u's dtype.
+    """
+    steps = F.softplus(F.linear(delta, delta_weight.to(delta.dtype)).to(delta_bias.dtype) + delta_bias)
+    return ((B * C).sum(-1, keepdim=True) * steps * u).to(u.dtype)
+
+
+def exact(parameter: Tensor, like: Tensor) -> Tensor:
+    """Decays, skips and biases of steps are float32 in every model, float64 beside float64."""
+    return parameter.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def spare_from_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that weight decay must not touch, as ``vision_ssm.training.optim`` understands it."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -285,7 +285,8 @@ def test_both_directions_count_the_same(mixer):
     [
         (dict(size="huge"), "tiny, mini, S, B, L, XL"),
         (dict(patch=3), "1, 2, 4, 8"),
-        (dict(mixer="attention"), '"s6"'),
+        (dict(mixer="lstm"), "s6, ssd"),
+        (dict(mixer="nc_ssd", layout="t", causal=True), "no order"),
         (dict(conditioning="film"), '"adaln_zero"'),
         (dict(layout="xyz"), "sst"),
         (dict(objective="noise"), "flow, eps, x0, v"),
