@@ -27,6 +27,7 @@ TASKS = {
     "restore": ("restoration.commands", "make pictures better: denoise, deblur, enlarge, fill in; train, score"),
     "generate": ("generation.commands", "make pictures and videos: train, sample, score"),
     "classify": ("vision_ssm.classify.commands", "name what a picture shows: train, score, predict"),
+    "distill": ("vision_ssm.distill.commands", "make a state-space network of a trained vision transformer"),
     "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
 }
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import vision_ssm.distill.student  # noqa: F401  (timm knows the students of `vssm distill` by it)
 from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.classify.config import NetworkConfig
 from vision_ssm.config import near_match
