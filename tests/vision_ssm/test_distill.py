@@ -18,7 +18,15 @@ from vision_ssm.classify.model import MEAN, STD, Classifier
 from vision_ssm.cli import main
 from vision_ssm.distill import student as students
 from vision_ssm.distill.config import DistillConfig, StudentConfig, StudentName, TeacherConfig
-from vision_ssm.distill.digits import TEACHER, distillation, from_scratch, settings, train_teacher, write_digits
+from vision_ssm.distill.digits import (
+    TEACHER,
+    distillation,
+    from_scratch,
+    run_digits,
+    settings,
+    train_teacher,
+    write_digits,
+)
 from vision_ssm.distill.student import MatrixMixer
 from vision_ssm.distill.teacher import attention_matrix, load_teacher, tapped
 from vision_ssm.distill.train import FOLDERS, StageTask, run_distill
@@ -204,6 +212,8 @@ def test_networks_that_cannot_be_taught_from() -> None:
         students.check_attention(timm.create_model("resnet10t"))
     with pytest.raises(UserError, match="distil one"):
         timm.create_model("vit_ssm", pretrained=True)
+    with pytest.raises(UserError, match="one for each stage"):
+        run_digits(Path("x"), 2)
     with pytest.raises(UserError, match="1 to 256"):
         StudentConfig(state_size=0)
     assert settings(Path("x"), Path("y"), 3).train.steps == 3

@@ -7,13 +7,17 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from detection.model import MambaYOLO
 from generation.dim import DiM
+from generation.pipelines import VideoDiMPipeline
+from generation.streaming import VideoStream
 from kernels import causal_conv1d, selective_scan, selective_scan_2d, ssd, ssd_2d
 from kernels.selective_scan.reference import read_in_order, write_in_order
 from kernels.testing import assert_close
+from restoration.card import WeightsCard
 from restoration.model import Serpent
 from restoration.restorer import PictureRestorer, Route
 from vision_ssm.errors import UserError
@@ -50,7 +54,7 @@ def scrambled(module: nn.Module) -> nn.Module:
 
 def mixer(name: MixerName, *, causal: bool = False) -> Mixer:
     torch.manual_seed(0)
-    return scrambled(build_mixer(name, DIM, causal=causal, options=options_of(name)))  # pyright: ignore[reportReturnType]
+    return scrambled(build_mixer(name, DIM, causal=causal, options=options_of(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,21 +112,21 @@ def test_gradients_reach_every_weight(name):
 def test_attention_and_gated_conv_and_nc_ssd_are_their_formulas():
     x = torch.randn(2, 6, DIM, dtype=torch.float64)
     one = mixer("attention")
-    q, k, v = (t.unflatten(-1, (one.heads, -1)).transpose(1, 2) for t in one.qkv(x).chunk(3, dim=-1))  # pyright: ignore
+    q, k, v = (t.unflatten(-1, (one.heads, -1)).transpose(1, 2) for t in one.qkv(x).chunk(3, dim=-1))
     y = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v
-    assert_close("attention", one(x, 1), one.proj(y.transpose(1, 2).flatten(2)), 1e-12)  # pyright: ignore
+    assert_close("attention", one(x, 1), one.proj(y.transpose(1, 2).flatten(2)), 1e-12)
     one = mixer("gated_conv", causal=True)
-    value, gate = one.in_proj(x).chunk(2, dim=-1)  # pyright: ignore
-    u = one.forwards.conv(F.pad(value.mT, (3, 0))).mT  # pyright: ignore
-    assert_close("gated_conv", one(x, 1), one.out_proj(F.silu(u) * F.silu(gate)), 1e-12)  # pyright: ignore
+    value, gate = one.in_proj(x).chunk(2, dim=-1)
+    u = one.forwards.conv(F.pad(value.mT, (3, 0))).mT
+    assert_close("gated_conv", one(x, 1), one.out_proj(F.silu(u) * F.silu(gate)), 1e-12)
     one = mixer("nc_ssd")
-    z, xBC, dt = one.in_proj(x).split((2 * DIM, 2 * DIM + 128, 3), dim=-1)  # pyright: ignore
-    u, B, C = F.silu(one.conv(xBC.mT).mT).split((2 * DIM, 64, 64), dim=-1)  # pyright: ignore
-    weight = F.softplus(dt + one.dt_bias) * one.A_log.exp()  # pyright: ignore
+    z, xBC, dt = one.in_proj(x).split((2 * DIM, 2 * DIM + 128, 3), dim=-1)
+    u, B, C = F.silu(one.conv(xBC.mT).mT).split((2 * DIM, 64, 64), dim=-1)
+    weight = F.softplus(dt + one.dt_bias) * one.A_log.exp()
     u = u.unflatten(-1, (3, -1))
     M = torch.einsum("bin,bjn,bjh->bhij", C, B, weight)
-    y = (torch.einsum("bhij,bjhp->bihp", M, u) + one.D[:, None] * u).flatten(2)  # pyright: ignore
-    assert_close("nc_ssd", one(x, 1), one.out_proj(one.norm(y * F.silu(z))), 1e-12)  # pyright: ignore
+    y = (torch.einsum("bhij,bjhp->bihp", M, u) + one.D[:, None] * u).flatten(2)
+    assert_close("nc_ssd", one(x, 1), one.out_proj(one.norm(y * F.silu(z))), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -161,16 +165,16 @@ def test_polar_channels_of_s6_are_exactly_one_and_zero():
     torch.manual_seed(0)
     one = scrambled(S6Direction(8, state_size=3, reverse=False, options=ScanOptions(polar=(2, 1))))
     u, gate = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 9, 16, dtype=torch.float64)
-    delta, B, C = one.x_proj(u).split(one.split, dim=-1)  # pyright: ignore
-    learned = -one.scan.A_log[0].exp()  # pyright: ignore
+    delta, B, C = one.x_proj(u).split(one.split, dim=-1)
+    learned = -one.scan.A_log[0].exp()
     A = torch.cat(
         [learned, torch.zeros(16, 2), torch.full((16, 1), -1e30)], dim=1
     )  # the decay is 0 in float64, however small the step
     want = selective_scan(
-        u, delta, A, B, C, one.scan.D[0], delta_weight=one.scan.dt_weight[0], delta_bias=one.scan.dt_bias[0],  # pyright: ignore
+        u, delta, A, B, C, one.scan.D[0], delta_weight=one.scan.dt_weight[0], delta_bias=one.scan.dt_bias[0],
         softplus=True, z=gate, backend="reference",
     )  # fmt: skip
-    assert_close("polar s6", one.scanned(u, gate)[0], want, 1e-12)  # pyright: ignore
+    assert_close("polar s6", one.scanned(u, gate)[0], want, 1e-12)
 
 
 def test_a_channel_of_decay_one_forgets_nothing_and_one_of_zero_all():
@@ -198,14 +202,14 @@ def test_polar_heads_of_ssd_are_exactly_one_and_zero():
     one = scrambled(SSDDirection(DIM, state_size=4, reverse=True, options=ScanOptions(polar=(1, 1))))
     projected = torch.randn(2, 9, 2 * 192 + 8 + 3, dtype=torch.float64)
     _, xBC, dt = projected.split((192, 200, 3), dim=-1)
-    xBC = causal_conv1d(xBC, one.conv.weight.squeeze(1), one.conv.bias, activation="silu", reverse=True)  # pyright: ignore
-    x, B, C = xBC.split((192, 4, 4), dim=-1)  # pyright: ignore
-    A = torch.cat([torch.zeros(1), -one.A_log.exp(), torch.full((1,), -1e30)])  # pyright: ignore
+    xBC = causal_conv1d(xBC, one.conv.weight.squeeze(1), one.conv.bias, activation="silu", reverse=True)
+    x, B, C = xBC.split((192, 4, 4), dim=-1)
+    A = torch.cat([torch.zeros(1), -one.A_log.exp(), torch.full((1,), -1e30)])
     want = ssd(
-        x.unflatten(-1, (3, -1)), dt, A, B.unsqueeze(2), C.unsqueeze(2), one.D, dt_bias=one.dt_bias, softplus=True,  # pyright: ignore
+        x.unflatten(-1, (3, -1)), dt, A, B.unsqueeze(2), C.unsqueeze(2), one.D, dt_bias=one.dt_bias, softplus=True,
         reverse=True, backend="reference",
     )  # fmt: skip
-    assert_close("polar ssd", one.read(projected, 1, None)[0], want.flatten(2), 1e-12)  # pyright: ignore
+    assert_close("polar ssd", one.read(projected, 1, None)[0], want.flatten(2), 1e-12)
 
 
 def test_polar_of_s4d_adds_the_sum_of_all_inputs():
@@ -213,10 +217,10 @@ def test_polar_of_s4d_adds_the_sum_of_all_inputs():
     one.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 9, 8, dtype=torch.float64)
     assert_close("the gain starts at zero", one(x, 1), plain(x, 1), 1e-15)
-    scan = one.forwards.scan  # pyright: ignore
+    scan = one.forwards.scan
     nn.init.normal_(scan.total_gain)
     u = torch.randn(2, 9, 16, dtype=torch.float64)
-    want = plain.forwards.scan(u) + scan.total_gain * scan.log_dt.exp() * u.cumsum(1)  # pyright: ignore
+    want = plain.forwards.scan(u) + scan.total_gain * scan.log_dt.exp() * u.cumsum(1)
     assert_close("sum", scan(u), want, 1e-12)
 
 
@@ -269,7 +273,7 @@ def test_memory_replay_starts_as_the_identity_to_the_last_bit(name):
         got.square().sum().backward()
         for key, parameter in replaying.named_parameters():
             if "replay" in key:
-                assert parameter.grad.abs().max() > 0, key  # pyright: ignore
+                assert parameter.grad.abs().max() > 0, key
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -280,27 +284,27 @@ def test_memory_replay_weights_by_what_came_before(reverse):
     nn.init.normal_(replay.weight)
     padded = F.pad(u.flip(1) if reverse else u, (0, 0, 2, 0))
     memory = sum(replay.weight[:, j] * padded[:, j : j + 6] for j in range(3))
-    assert_close("replayed", replay(u)[0], u * 2 * torch.sigmoid(memory.flip(1) if reverse else memory), 1e-6)  # pyright: ignore
+    assert_close("replayed", replay(u)[0], u * 2 * torch.sigmoid(memory.flip(1) if reverse else memory), 1e-6)
 
 
 def test_memory_replay_follows_each_direction_of_a_map():
     module = scrambled(SS2D(8, state_size=2, options=ScanOptions(smr=2)))
     x = torch.randn(2, 3, 4, 16, dtype=torch.float64)
     want = torch.zeros_like(x)
-    for k, weight in enumerate(module.x_proj.weight.chunk(4)):  # pyright: ignore
+    for k, weight in enumerate(module.x_proj.weight.chunk(4)):
         u = read_in_order(x, k)  # the orders have the numbers of DIRECTIONS
         past = F.pad(u, (0, 0, 1, 0))
-        taps = module.replays[k].weight  # pyright: ignore
+        taps = module.replays[k].weight
         u = u * 2 * torch.sigmoid(taps[:, 0] * past[:, :-1] + taps[:, 1] * past[:, 1:])
-        delta, B, C = (u @ weight[:, :, 0, 0].T).split(module.split, dim=-1)  # pyright: ignore
+        delta, B, C = (u @ weight[:, :, 0, 0].T).split(module.split, dim=-1)
         scan = module.scan
         y = selective_scan(
-            u, delta, scan.A[k], B, C, scan.D[k], delta_weight=scan.dt_weight[k], delta_bias=scan.dt_bias[k],  # pyright: ignore
+            u, delta, scan.A[k], B, C, scan.D[k], delta_weight=scan.dt_weight[k], delta_bias=scan.dt_bias[k],
             softplus=True, backend="reference",
         )  # fmt: skip
-        want += write_in_order(y, k, 2, 3, 4)  # pyright: ignore
+        want += write_in_order(y, k, 2, 3, 4)
     assert len(DIRECTIONS) == 4
-    assert_close("map", module.core(x), module.norm(want), 1e-12)  # pyright: ignore
+    assert_close("map", module.core(x), module.norm(want), 1e-12)
 
 
 def test_the_bidirectional_module_has_the_options_too():
@@ -350,7 +354,7 @@ def test_patterns_of_layers():
         (dict(pattern="first_scan_without_positions", maps=True), "same, alternating, last_half_attention"),
     ):
         with pytest.raises(UserError, match=message):
-            MixerStack(**arguments)  # pyright: ignore
+            MixerStack(**arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -359,33 +363,33 @@ def test_the_networks_of_all_tasks_take_every_mixer_and_rebuild_from_their_confi
     given = dict(mixer=name, polar=list(options.polar), smr=options.smr)
     pattern = "same" if name == "attention" else "alternating"
     dim = DiM("tiny", depth=2, width=96, sample_size=8, mixer_pattern=pattern, **given)
-    serpent = Serpent("fast", width=48, depths=(1, 2), mixer_pattern=pattern, **given)  # pyright: ignore
+    serpent = Serpent("fast", width=48, depths=(1, 2), mixer_pattern=pattern, **given)
     for model, again, inputs in (
         (dim, DiM.from_config(json.loads(dim.to_json_string())), (torch.rand(1, 3, 8, 8), 0.5)),
         (serpent, Serpent(**json.loads(json.dumps(serpent.config))), (torch.rand(1, 3, 9, 16),)),
     ):
-        again.load_state_dict(model.state_dict())  # pyright: ignore
+        again.load_state_dict(model.state_dict())
         y = model(*inputs)
         assert torch.isfinite(y.sample if model is dim else y).all()
     with torch.device("meta"):  # of the detector, names and shapes: its blocks are built by the same function
-        yolo = MambaYOLO("t", 3, mixer_pattern=pattern, **{**given, "polar": (0, 0)})  # pyright: ignore
+        yolo = MambaYOLO("t", 3, mixer_pattern=pattern, **{**given, "polar": (0, 0)})
         again = MambaYOLO(**json.loads(json.dumps(yolo.config)))
     assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in yolo.state_dict().items()}
-    kinds = [type(block.ss2d[0]).__name__ for block in yolo.backbone.stages[2]]  # pyright: ignore
+    kinds = [type(block.ss2d[0]).__name__ for block in yolo.backbone.stages[2]]
     assert kinds[1] == "Attention2D"
     assert (kinds[0] == kinds[1]) is (name == "attention")
 
 
 def test_a_detector_with_another_mixer_detects():
     model = MambaYOLO("t", 3, stage_repeats=(1, 1, 9, 1), mixer="ssd", mixer_pattern="last_half_attention", smr=2)
-    kinds = [[type(block.ss2d[0]).__name__ for block in stage] for stage in model.backbone.stages]  # pyright: ignore
+    kinds = [[type(block.ss2d[0]).__name__ for block in stage] for stage in model.backbone.stages]
     assert kinds == [["SSD2D"], ["SSD2D"], ["SSD2D", "SSD2D", "Attention2D"], ["SSD2D"]]
     assert [tuple(y.shape) for y in model(torch.rand(1, 3, 64, 64))] == [(1, 67, 8, 8), (1, 67, 4, 4), (1, 67, 2, 2)]
 
 
 def test_a_dim_without_positions_learns_the_order_from_its_scan():
     plain, hybrid = (
-        DiM("tiny", depth=2, sample_size=8, mixer_pattern=pattern)  # pyright: ignore
+        DiM("tiny", depth=2, sample_size=8, mixer_pattern=pattern)
         for pattern in ("alternating", "first_scan_without_positions")
     )
     image = torch.ones(1, 3, 8, 8)
@@ -401,9 +405,21 @@ def test_only_recurrent_layers_along_time_stream():
     DiM("tiny", depth=4, layout="ts", causal=True, mixer_pattern="alternating").require_causal()
 
 
-def test_a_restorer_with_another_mixer_runs_as_a_whole_or_in_tiles_but_not_in_strips(tmp_path):
-    from restoration.card import WeightsCard
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_stream_remembers_all_that_its_mixers_do(name, tmp_path):
+    options = options_of(name)
+    model = DiM(
+        "tiny", depth=2, width=96, layout="st", causal=True, sample_size=8, mixer=name, polar=options.polar,
+        smr=options.smr,
+    )  # fmt: skip
+    pipeline = VideoDiMPipeline(scrambled(model).float().eval(), FlowMatchEulerDiscreteScheduler())
+    stream = VideoStream(pipeline, num_inference_steps=1)
+    next(stream)
+    stream.save(tmp_path / "stream.safetensors")
+    assert torch.equal(next(VideoStream.load(tmp_path / "stream.safetensors", pipeline)), next(stream))
 
+
+def test_a_restorer_with_another_mixer_runs_as_a_whole_or_in_tiles_but_not_in_strips():
     model = Serpent("fast", width=32, depths=(1, 1), mixer="ssd")
     card = WeightsCard(task="denoise", scale=1, model={"name": "serpent", **model.config})
     image = torch.rand(3, 40, 50)
@@ -418,9 +434,9 @@ def test_a_restorer_with_another_mixer_runs_as_a_whole_or_in_tiles_but_not_in_st
 
 def test_networks_refuse_mixers_that_cannot_be():
     for build in (
-        lambda: MambaYOLO("t", mixer="mamba"),  # pyright: ignore
-        lambda: Serpent(mixer="mamba"),  # pyright: ignore
-        lambda: DiM("tiny", mixer="mamba"),  # pyright: ignore
+        lambda: MambaYOLO("t", mixer="mamba"),
+        lambda: Serpent(mixer="mamba"),
+        lambda: DiM("tiny", mixer="mamba"),
     ):
         with pytest.raises(UserError, match="mixer must be one of s6, ssd"):
             build()

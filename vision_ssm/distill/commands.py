@@ -18,15 +18,16 @@ def train(config: DistillConfig, *, resume: Path | None = None) -> int:
     return 0
 
 
-def digits(output: Path = Path("runs/distill-digits")) -> int:
+def digits(output: Path = Path("runs/distill-digits"), *, steps: int = 90) -> int:
     """Distil a small teacher of scikit-learn's digits into every kind of student and print how well each does.
 
     Args:
         output: Folder to write, new or empty.
+        steps: Of each student, all stages together, and of each network that is trained from scratch.
     """
     from vision_ssm.distill.digits import run_digits
 
-    return run_digits(output)
+    return run_digits(output, steps)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {"train": train, "digits": digits}

@@ -109,24 +109,26 @@ def from_scratch(data: Path, run_dir: Path, mixer: StudentName, steps: int = STU
     return train(ClassifyTask(config), config.train).history[-1]["val/accuracy"]
 
 
-def run_digits(output: Path) -> int:
+def run_digits(output: Path, steps: int = STUDENT_STEPS) -> int:
     """Distil a teacher into each kind of student, train each from scratch too, and print the table.
 
     Raises:
-        UserError: scikit-learn is missing, or the folder is taken.
+        UserError: scikit-learn is missing, the folder is taken, or a stage would have no step.
     """
+    if steps < len(FOLDERS):
+        raise UserError(f"steps must be {len(FOLDERS)} or more, one for each stage; got {steps}")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a new folder")
     data = write_digits(output / "data")
     teacher, accuracy = train_teacher(data, output / "teacher")
     rows = []
     for mixer in STUDENTS:
-        student = run_distill(distillation(data, teacher, output / mixer, mixer))
+        student = run_distill(distillation(data, teacher, output / mixer, mixer, steps=steps))
         report = json.loads((student.parents[1] / "report.json").read_text(encoding="utf-8"))
-        scratch = from_scratch(data, output / f"{mixer}-scratch", mixer)
+        scratch = from_scratch(data, output / f"{mixer}-scratch", mixer, steps)
         rows.append({"mixer": mixer, "scratch": scratch, **{stage: report[stage] for stage in report}})
     lines = [
-        f"teacher: {accuracy:.1%} of the held-out digits in {TEACHER_STEPS} steps; students: {STUDENT_STEPS} steps",
+        f"teacher: {accuracy:.1%} of the held-out digits in {TEACHER_STEPS} steps; students: {steps} steps",
         f"{'student':<12}{'matrix':>18}{'hidden':>18}{'label-free':>12}{'distilled':>11}{'scratch':>9}",
     ]
     for row in rows:
