@@ -259,8 +259,8 @@ class ScanMixer(Mixer):
         return y
 
 
-class S6Mixer(ScanMixer):
-    """Vision Mamba's mixer: input projection, gate and output projection shared by the directions, the rest not.
+class GatedScanMixer(ScanMixer):
+    """Vision Mamba's frame: input projection, gate and output projection shared by the directions, the rest not.
 
     Args:
         dim: C.
@@ -269,14 +269,30 @@ class S6Mixer(ScanMixer):
         options: Of the scans.
     """
 
+    direction: ClassVar[type[S6Direction] | type[S4DDirection]]
+
     def __init__(
         self, dim: int, *, state_size: int = S6_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
     ) -> None:
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * EXPAND * dim, bias=False)
-        self.forwards = S6Direction(dim, state_size=state_size, reverse=False, options=options)
-        self.backwards = None if causal else S6Direction(dim, state_size=state_size, reverse=True, options=options)
+        self.forwards = self.direction(dim, state_size=state_size, reverse=False, options=options)
+        self.backwards = None
+        if not causal:
+            self.backwards = self.direction(dim, state_size=state_size, reverse=True, options=options)
         self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
+
+
+class S6Mixer(GatedScanMixer):
+    """Vision Mamba's mixer, by selective scans."""
+
+    direction = S6Direction
+
+
+class S4DMixer(GatedScanMixer):
+    """The same by S4D, an even number of states: what a scan gives whose coefficients do not depend on the input."""
+
+    direction = S4DDirection
 
 
 class SSDMixer(ScanMixer):
@@ -307,28 +323,8 @@ class SSDMixer(ScanMixer):
         return gated_norm(y, projected[..., : y.shape[-1]], self.norm)
 
 
-class S4DMixer(ScanMixer):
-    """The frame of ``S6Mixer`` around S4D: what a scan gives whose coefficients do not depend on the input.
-
-    Args:
-        dim: C.
-        state_size: N, an even number of real states.
-        causal: Read forwards only.
-        options: Of the scans.
-    """
-
-    def __init__(
-        self, dim: int, *, state_size: int = S6_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
-    ) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * EXPAND * dim, bias=False)
-        self.forwards = S4DDirection(dim, state_size=state_size, reverse=False, options=options)
-        self.backwards = None if causal else S4DDirection(dim, state_size=state_size, reverse=True, options=options)
-        self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
-
-
 class GatedConvMixer(ScanMixer):
-    """The control: the frame of ``S6Mixer`` without its scan, a gated CNN block (after MambaOut, 2024).
+    """The control: the frame of ``GatedScanMixer`` without its scan, a gated CNN block (after MambaOut, 2024).
 
     A position sees the ``TAPS`` - 1 before it and, unless causal, as many after it.
 
