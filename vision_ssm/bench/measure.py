@@ -64,7 +64,11 @@ class Stopwatch:
             return Measured(wall, wall, None)
         memory = self._peak(function)
         full = self._repeat(function, lambda f: self._on_gpu(f, _HEAD_START))
-        return Measured(full, self._repeat(function, lambda f: self._on_gpu(f, 0)), memory)
+        return Measured(full, self.eager(function), memory)
+
+    def eager(self, function: Callable[[], object]) -> Timing:
+        """Eager time of a function that has been called before."""
+        return self._repeat(function, self._on_cpu if self._flush is None else lambda f: self._on_gpu(f, 0))
 
     def _repeat(self, function: Callable[[], object], once: Callable[[Callable[[], object]], float]) -> Timing:
         times: list[float] = []
