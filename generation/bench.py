@@ -36,6 +36,7 @@ StudyName = Literal["tokens", "frames", "temporal"]
 ATTENTION = "attention"
 _LONGEST_MS = 1000.0
 """A forward and backward pass that is expected to take longer is left out."""
+_NO_ROOM = "out of memory"
 _HEAD_START = 20_000_000
 """GPU clocks (about ten milliseconds): longer than Python takes for a forward and backward pass of three layers."""
 _COLUMNS = (
@@ -328,7 +329,7 @@ def _guarded(row: Row, measure: Callable[[Row], Row], device: torch.device) -> R
     try:
         row = measure(row)
     except torch.OutOfMemoryError:
-        row = replace(row, problem="out of memory")
+        row = replace(row, problem=_NO_ROOM)
     except Exception as error:  # one broken layer must not hide the others
         traceback.print_exception(error, file=sys.stderr)
         reason = str(error).strip().partition("\n")[0]
@@ -354,9 +355,13 @@ def _measure(row: Row, study: Study, build: Callable[[], nn.Module], stopwatch: 
     with torch.no_grad():
         grad = torch.randn_like(run())
         forward = stopwatch.measure(run)
-    kept = kept_bytes(run, leaves)
-    both = stopwatch.measure(lambda: torch.autograd.grad(run(), leaves, grad))
-    return replace(row, forward=forward.full, both=both.full, kept_bytes=kept, peak_bytes=both.extra_bytes)
+    row = replace(row, forward=forward.full)
+    try:
+        row = replace(row, kept_bytes=kept_bytes(run, leaves))
+        both = stopwatch.measure(lambda: torch.autograd.grad(run(), leaves, grad))
+    except torch.OutOfMemoryError:
+        return replace(row, problem=_NO_ROOM)
+    return replace(row, both=both.full, peak_bytes=both.extra_bytes)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -469,10 +474,10 @@ def _rule(columns: Sequence[str]) -> str:
 
 def _line(row: Row, attention: Row | None) -> str:
     start = (row.study, row.layer, str(row.length))
-    if row.problem is not None:
-        return _cells(*start, row.problem, *["-"] * 4)
     times = [row.forward, row.both]
     spread = ["-" if t is None else f"{t.median:.3f} ({t.low:.3f}..{t.high:.3f})" for t in times]
+    if row.problem is not None:
+        spread[1] = row.problem
     others = [None, None] if attention is None else [attention.forward, attention.both]
     parts = [
         "-" if t is None or a is None else f"{t.median / a.median:.2f}" for t, a in zip(times, others, strict=True)
@@ -491,19 +496,23 @@ def _plot(studies: Sequence[Study], rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    panels: list[tuple[str, Callable[[Row], float]]] = [
-        ("forward + backward, ms", lambda row: row.both.median if row.both else math.nan),
-        ("kept for backward, MiB", lambda row: (row.kept_bytes or math.nan) / 2**20),
+    panels: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("forward + backward, ms", lambda row: row.both and row.both.median),
+        ("kept for backward, MiB", lambda row: row.kept_bytes and row.kept_bytes / 2**20),
     ]
     figure = Figure(figsize=(6 * len(studies), 9), layout="constrained")
     for at, (label, value) in enumerate(panels):
         for column, study in enumerate(studies, start=1):
             axes = figure.add_subplot(len(panels), len(studies), at * len(studies) + column)
+            axes.set(title=study.name, xlabel=study.counted, ylabel=label)
             for layer in study.layers:
-                line = [(row.length, value(row)) for row in rows if (row.study, row.layer) == (study.name, layer)]
-                style = "k--" if layer == ATTENTION else "-"
-                axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=layer)
-            axes.set(title=study.name, xlabel=study.counted, ylabel=label, xscale="log", yscale="log")
+                mine = [row for row in rows if (row.study, row.layer) == (study.name, layer) and value(row) is not None]
+                if mine:
+                    style = "k--" if layer == ATTENTION else "-"
+                    lengths = [row.length for row in mine]
+                    axes.loglog(lengths, [value(row) for row in mine], style, marker="o", markersize=3, label=layer)
+            if not axes.lines:
+                continue  # nothing fitted: an empty panel has no logarithms
             axes.set_xticks(study.lengths, [str(length) for length in study.lengths], rotation=45)
             axes.minorticks_off()
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))

@@ -114,6 +114,17 @@ def test_a_layer_that_fails_costs_itself(small, monkeypatch, tmp_path, error, sa
     assert {crossed["both"] for crossed in found["crossings"]} == {None}
 
 
+def test_the_time_of_a_forward_pass_stays_where_the_backward_pass_does_not_fit(small, monkeypatch, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(bench, "kept_bytes", full)
+    assert run_bench(studies=["tokens"], width=64, repeats=1, device="cpu", output=tmp_path) == 0
+    for row in json.loads((tmp_path / "bench.json").read_text())["rows"]:
+        assert (row["forward"] is None, row["both"], row["problem"]) == (False, None, "out of memory")
+    assert (tmp_path / "bench.md").read_text().count(") | out of memory |") == 6
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
