@@ -269,8 +269,8 @@ def measure(task: Task) -> Row:
     )
 
 
-def _scan_share(once: Callable[[], object]) -> float:
-    """Time of our scan kernels over that of all kernels, in three calls."""
+def _scan_share(once: Callable[[], object]) -> float | None:
+    """Time of our scan kernels over that of all kernels, in three calls; None where the profiler sees none."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(3):
             once()
@@ -278,7 +278,8 @@ def _scan_share(once: Callable[[], object]) -> float:
     events = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     ours = tuple(_scan_kernels())
     scans = sum(e.self_device_time_total for e in events if e.key.startswith(ours))
-    return scans / sum(e.self_device_time_total for e in events)
+    everything = sum(e.self_device_time_total for e in events)
+    return scans / everything if everything else None
 
 
 def _scan_kernels() -> set[str]:
