@@ -83,9 +83,9 @@ def tile_layout(ROWS, COLUMNS, W):
 
 
 @gluon.jit
-def buffer(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Shared memory [ROWS, COLUMNS], float32."""
-    return gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+def buffer(ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr = gl.float32):
+    """Shared memory [ROWS, COLUMNS]."""
+    return gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -93,7 +93,7 @@ def rows_of(shared, j, STEPS: gl.constexpr):
     """Rows ``STEPS * j`` to ``STEPS * (j + 1)`` of a `buffer`, laid end to end."""
     ROWS: gl.constexpr = shared.shape[0] // STEPS
     COLUMNS: gl.constexpr = shared.shape[1] * STEPS
-    return shared._reinterpret(gl.float32, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(j)
+    return shared._reinterpret(shared.dtype, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(j)
 
 
 @gluon.jit
