@@ -25,7 +25,7 @@ from .gluon_kernels import (
     chunk_bounds,
     direction,
     exp2,
-    load_rows,
+    load_rows_at,
     load_tile,
     low_rank_product,
     pixels,
@@ -72,24 +72,45 @@ def stage_steps(staged, x, raw, p_ok, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
+def pixel_table(pixel_s, way, t0, W: gl.constexpr):
+    """Fills pixel_s [steps of a chunk, 1]: the pixel of each, negative where there is no step."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [W, 1], [1, 0])
+    p, ok = pixels(way, t0, 1, pixel_s.shape[0], gl.SliceLayout(1, L))
+    pixel_s.store(gl.where(ok, p, -1)[:, None])
+
+
+@gluon.jit
+def load_block(ptr, start, stride, pixel_s, block, channel, TB: gl.constexpr, T: gl.constexpr, WIDE: gl.constexpr):
+    """A block of steps [TB, BD] of x, dy, delta or the gate as stored, 0 where there is none."""
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+    return load_tile(ptr, start, p, p >= 0, stride, channel[0], channel[1], WIDE)
+
+
+@gluon.jit
+def load_block_rows(
+    ptr, start, stride, pixel_s, block, count,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """A block of rows [TB, X] of B, C or a low-rank signal as stored."""
+    L: gl.constexpr = tile_layout(TB, X, W)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    return load_rows_at(ptr, start, stride, p, p >= 0, count, X, L, ALIGN, WIDE)
+
+
+@gluon.jit
 def load_steps(
-    tensors, starts, strides, way, first, channel, n_states, rank,
+    tensors, starts, strides, pixel_s, block, channel, n_states, rank,
     TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
     WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Pixels of a block of steps [TB], negative where there is no step, and as stored: x, B, delta.
-
-    tensors, starts, strides begin with x, delta, B. delta is [TB, BD], or the low-rank signal [TB, RP].
-    """
-    d, d_ok = channel[0], channel[1]
-    p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
-    x_t = load_tile(tensors[0], starts[0], p, p_ok, strides[0], d, d_ok, WIDE)
+    """x, delta (or its low-rank signal) and B of a block of steps; with these begin tensors, starts and strides."""
+    x_t = load_block(tensors[0], starts[0], strides[0], pixel_s, block, channel, TB, T, WIDE)
     if RP > 0:
-        delta_t = load_rows(tensors[1], starts[1], strides[1], way, first, 1, rank, TB, RP, W, 1, WIDE)
+        delta_t = load_block_rows(tensors[1], starts[1], strides[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
     else:
-        delta_t = load_tile(tensors[1], starts[1], p, p_ok, strides[1], d, d_ok, WIDE)
-    b_rows = load_rows(tensors[2], starts[2], strides[2], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-    return gl.where(p_ok, p, -1), x_t, delta_t, b_rows
+        delta_t = load_block(tensors[1], starts[1], strides[1], pixel_s, block, channel, TB, T, WIDE)
+    b_rows = load_block_rows(tensors[2], starts[2], strides[2], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
+    return x_t, delta_t, b_rows
 
 
 @gluon.jit
@@ -165,17 +186,17 @@ def four_rows(shared, quad, W: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(ptr, start, stride, value, pixel_s, quad, n_states, WIDE: gl.constexpr):
-    """Writes sums over channels [4, BN] of four steps."""
+def store_rows(ptr, start, stride, value, pixel_s, four, n_states, WIDE: gl.constexpr):
+    """Writes sums over channels [4, BN] of the chunk's steps from ``4 * four``."""
     L: gl.constexpr = value.type.layout
-    p = rows_of(pixel_s, quad, 4).load(gl.SliceLayout(1, L))
+    p = rows_of(pixel_s, four, 4).load(gl.SliceLayout(1, L))
     n = gl.arange(0, value.shape[1], gl.SliceLayout(0, L))
     mask = (p >= 0)[:, None] & (n < n_states)[None, :]
     gl.store(ptr + tile_at(start, p, stride, n, WIDE), value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
-def store_low(graw_s, weight_s, ptr, start, stride, pixel_s, rank, W: gl.constexpr, WIDE: gl.constexpr):
+def store_low(graw_s, weight_s, ptr, start, stride, pixel_s, block, rank, W: gl.constexpr, WIDE: gl.constexpr):
     """Gradient of the low-rank signal of one block: graw [TB, BD] times the weight [RP, BD] transposed."""
     TB: gl.constexpr = graw_s.shape[0]
     BD: gl.constexpr = graw_s.shape[1]
@@ -183,7 +204,7 @@ def store_low(graw_s, weight_s, ptr, start, stride, pixel_s, rank, W: gl.constex
     L: gl.constexpr = gl.BlockedLayout([max(1, RP // W), 1, TB * BD // 32], [1, TB, 32 // TB], [W, 1, 1], [2, 1, 0])
     graw = gl.expand_dims(graw_s.load(gl.SliceLayout(0, L)), 0)
     low = gl.sum(graw * gl.expand_dims(weight_s.load(gl.SliceLayout(1, L)), 1), axis=2)
-    p = rows_of(pixel_s, 0, TB).load(gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(0, gl.SliceLayout(2, L)))
     r = gl.arange(0, RP, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     ptrs = ptr + ((start + wide(p, WIDE) * stride)[None, :] + r[:, None])
     gl.store(ptrs, low.to(ptr.dtype.element_ty), mask=(p >= 0)[None, :] & (r < rank)[:, None])
@@ -201,7 +222,6 @@ def shared_memory(
     dy_s = buffer(TB, BD)
     b_s = buffer(TB, BN)
     c_s = buffer(TB, BN)
-    pixel_s = buffer(TB, 1, gl.int32)
     channel_lanes: gl.constexpr = BD // S.size_per_thread[1]
     state_lanes: gl.constexpr = BN // S.size_per_thread[0]
     c_scratch = gl.allocate_shared_memory(gl.float32, [channel_lanes, 4 * BN], scratch_layout(8))
@@ -221,41 +241,34 @@ def shared_memory(
         low_s = buffer(RP, TB)
         low_rows_s = buffer(TB, RP)
         weight_s = buffer(RP, BD)
-    staged = (dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s, pixel_s)
+    staged = (dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s)
     return staged, (c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch), kept, (low_s, low_rows_s, weight_s)
 
 
 @gluon.jit
-def load_backward(
-    tensors, starts, strides, way, first, channel, n_states, rank,
-    TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
-    ALIGN_C: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """As `load_steps`, and dy and C; tensors, starts, strides: x, delta, B, dy, C and so on."""
-    p, x_t, delta_t, b_rows = load_steps(
-        tensors, starts, strides, way, first, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
-    )
-    dy_t = load_tile(tensors[3], starts[3], p, p >= 0, strides[3], channel[0], channel[1], WIDE)
-    c_rows = load_rows(tensors[4], starts[4], strides[4], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
-    return p, x_t, delta_t, b_rows, dy_t, c_rows
-
-
-@gluon.jit
 def stage_backward(
-    staged, low_shared, loaded, gate, start, stride, bias, channel, rank,
-    T: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, WANT: gl.constexpr, WIDE: gl.constexpr,
+    staged, low_shared, tensors, starts, strides, pixel_s, block, bias, channel, n_states, rank,
+    T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, WANT: gl.constexpr,
+    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Fills the staged block for the way back with what `load_backward` found; ``start`` and ``stride`` are gate's."""
-    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s, pixel_s = staged
-    p, x_t, delta_t, b_rows, dy_t, c_rows = loaded
+    """Fills the staged block for the way back. tensors, starts, strides: x, delta, B, C, dy, gate."""
+    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
+    TB: gl.constexpr = b_s.shape[0]
+    BN: gl.constexpr = b_s.shape[1]
+    # All loads first: the block waits for memory once.
+    x_t, delta_t, b_rows = load_steps(
+        tensors, starts, strides, pixel_s, block, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
+    )
+    c_rows = load_block_rows(tensors[3], starts[3], strides[3], pixel_s, block, n_states, TB, BN, W, ALIGN_C, WIDE)
+    dy_t = load_block(tensors[4], starts[4], strides[4], pixel_s, block, channel, TB, T, WIDE)
     raw = raw_steps(low_shared, delta_t, bias, channel, rank, T, RP)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
     x_s.store(stage_steps((dt_s, v_s), x_t, raw, p >= 0, SOFTPLUS))
     b_s.store(b_rows.to(gl.float32))
     c_s.store(c_rows.to(gl.float32))
-    pixel_s.store(p[:, None])
     dy_t = dy_t.to(gl.float32)
-    if gate is not None:
-        z = load_tile(gate, start, p, p >= 0, stride, channel[0], channel[1], WIDE).to(gl.float32)
+    if tensors[5] is not None:
+        z = load_block(tensors[5], starts[5], strides[5], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
         s = sigmoid(z)
         if WANT & 256:
             gate_s.store(dy_t * s * (1.0 + z * (1.0 - s)))
@@ -388,8 +401,9 @@ def scan_gradient_kernel(
     Q: gl.constexpr = tile_layout(4, BD, W)
     LW: gl.constexpr = tile_layout(RP if RP > 0 else 1, BD, W)
     staged, scratch, kept, low_shared = shared_memory(BN, BD, TB, RP, KEPT, WANT, S)
-    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s, pixel_s = staged
+    dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
     c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch = scratch
+    pixel_s = buffer(8 * (KEPT + 1), 1, gl.int32)
     low_rows_s, weight_s = low_shared[1], low_shared[2]
     d0 = group * group_channels + part * BD
     d = d0 + gl.arange(0, BD, gl.SliceLayout(0, T))
@@ -419,17 +433,24 @@ def scan_gradient_kernel(
         h = gl.zeros([BN, BD], gl.float32, S)
         if start is not None:
             h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
-        tensors = (x, delta, bm, dy, cm)
-        starts = (b * s_x[0], delta_at, b_at, b * s_dy[0] + k * s_dy[2], c_at)
-        strides = (s_x[1], s_delta[1], s_b[1], s_dy[1], s_c[1])
+        tensors = (x, delta, bm, cm, dy, gate)
+        dy_at = b * s_dy[0] + k * s_dy[2]
+        starts = (b * s_x[0], delta_at, b_at, c_at, dy_at, b * s_gate[0])
+        strides = (s_x[1], s_delta[1], s_b[1], s_c[1], s_dy[1], s_gate[1])
+        pixel_table(pixel_s, way, t0, W)
+        # The next block is on its way while one is worked on. On the way back there are no registers for that.
+        x_t, delta_t, b_rows = load_steps(
+            tensors, starts, strides, pixel_s, 0, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
+        )
         for block in range(0, last + 1):
-            p, x_t, delta_t, b_rows = load_steps(
-                tensors, starts, strides, way, t0 + block * TB, channel, n_states, rank,
-                TB, BN, T, W, RP, ALIGN_B, WIDE,
-            )  # fmt: skip
             raw = raw_steps(low_shared, delta_t, bias, channel, rank, T, RP)
+            p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
             stage_steps((dt_s, v_s), x_t, raw, p >= 0, SOFTPLUS)
             b_s.store(b_rows.to(gl.float32))
+            x_t, delta_t, b_rows = load_steps(
+                tensors, starts, strides, pixel_s, gl.minimum(block + 1, last), channel, n_states, rank,
+                TB, BN, T, W, RP, ALIGN_B, WIDE,
+            )  # fmt: skip
             barrier()
             h = keep_states(h, decay, block, last, (dt_s, v_s, b_s), kept, S)
 
@@ -444,18 +465,15 @@ def scan_gradient_kernel(
         x_ends = (sweep == n_dirs - 1) & (is_last == 1)
         for back in range(0, last + 1):
             block = last - back
-            loaded = load_backward(
-                tensors, starts, strides, way, t0 + block * TB, channel, n_states, rank,
-                TB, BN, T, W, RP, ALIGN_B, ALIGN_C, WIDE,
-            )  # fmt: skip
             stage_backward(
-                staged, low_shared, loaded, gate, b * s_gate[0], s_gate[1], bias,
-                channel, rank, T, RP, SOFTPLUS, WANT, WIDE,
+                staged, low_shared, tensors, starts, strides, pixel_s, block, bias, channel, n_states, rank,
+                T, W, RP, SOFTPLUS, WANT, ALIGN_B, ALIGN_C, WIDE,
             )  # fmt: skip
             barrier()
             for half in range(0, TB // 4):
                 quad = TB // 4 - 1 - half
-                pq = rows_of(pixel_s, quad, 4).load(gl.SliceLayout(1, Q))
+                four = block * (TB // 4) + quad
+                pq = rows_of(pixel_s, four, 4).load(gl.SliceLayout(1, Q))
                 q_mask = (pq >= 0)[:, None] & (dq < group_end)[None, :]
                 x_place = tile_at(b * s_gx[0], pq, s_gx[1], dq, WIDE)
                 if WANT & ACC & 1:
@@ -466,7 +484,8 @@ def scan_gradient_kernel(
                     h = kept.index(eighth - 1).load(S)
                 else:
                     if start is not None:
-                        h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
+                        # eighth is 0: it keeps the addresses from being computed, and held, outside of the loop
+                        h = gl.load(state_tile(start, s_start, b, w, k, r + eighth, n, ds), mask=tile_ok, other=0.0)
                 if quad % 2 == 1:
                     for i in gl.static_range(4):
                         h = advance(h, decay, 4 * quad - 4 + i, dt_s, v_s, b_s, S)
@@ -477,9 +496,9 @@ def scan_gradient_kernel(
                 dt_q = four_rows(dt_s, quad, W)
                 barrier()
                 if WANT & 8:
-                    store_rows(gc, gc_at, s_gc[1], gather(c_scratch, W), pixel_s, quad, n_states, WIDE)
+                    store_rows(gc, gc_at, s_gc[1], gather(c_scratch, W), pixel_s, four, n_states, WIDE)
                 if WANT & 4:
-                    store_rows(gb, gb_at, s_gb[1], gather(b_scratch, W), pixel_s, quad, n_states, WIDE)
+                    store_rows(gb, gb_at, s_gb[1], gather(b_scratch, W), pixel_s, four, n_states, WIDE)
                 g_b = gl.convert_layout(gather(x_scratch, W), Q)
                 if WANT & 1:
                     g_x = dt_q * g_b + skip_q[None, :] * dy_q
@@ -508,7 +527,7 @@ def scan_gradient_kernel(
                 barrier()
                 if WANT & 2:
                     low_at = b * s_gdelta[0] + k * s_gdelta[2] + wide(share, WIDE) * s_gdelta[3]
-                    store_low(x_s, weight_s, gdelta, low_at, s_gdelta[1], pixel_s, rank, W, WIDE)
+                    store_low(x_s, weight_s, gdelta, low_at, s_gdelta[1], pixel_s, block, rank, W, WIDE)
                 if WANT & 64:
                     for j in range(0, TB):
                         sum_weight += along_states(low_rows_s, j, LW) * along_channels(x_s, j, LW)

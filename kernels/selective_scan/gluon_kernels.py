@@ -164,14 +164,21 @@ def load_tile(ptr, start, p, p_ok, stride, offs, ok, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(ptr, start, stride, way, first, sign: gl.constexpr, count, TB: gl.constexpr, X: gl.constexpr,
-              W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
-    """The first ``count`` values of a block of steps (B, C or the low-rank signal) [TB, X], aligned to ALIGN bytes."""
-    L: gl.constexpr = tile_layout(TB, X, W)
-    p, ok = pixels(way, first, sign, TB, gl.SliceLayout(1, L))
+def load_rows_at(ptr, start, stride, p, ok, count, X: gl.constexpr, L: gl.constexpr, ALIGN: gl.constexpr,
+                 WIDE: gl.constexpr):  # fmt: skip
+    """The first ``count`` values of B, C or the low-rank signal at the pixels ``p`` [TB, X], aligned to ALIGN bytes."""
     n = gl.arange(0, X, gl.SliceLayout(0, L))
     ptrs = gl.multiple_of(ptr + tile_at(start, p, stride, n, WIDE), [1, ALIGN])
     return gl.load(ptrs, mask=ok[:, None] & (n < count)[None, :], other=0.0)
+
+
+@gluon.jit
+def load_rows(ptr, start, stride, way, first, sign: gl.constexpr, count, TB: gl.constexpr, X: gl.constexpr,
+              W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+    """`load_rows_at` for a block of steps."""
+    L: gl.constexpr = tile_layout(TB, X, W)
+    p, ok = pixels(way, first, sign, TB, gl.SliceLayout(1, L))
+    return load_rows_at(ptr, start, stride, p, ok, count, X, L, ALIGN, WIDE)
 
 
 @gluon.jit
