@@ -98,6 +98,22 @@ def load_block_rows(
 
 
 @gluon.jit
+def fetch_block(
+    ptr, start, stride, pixel_s, block, first, end,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Brings a block of steps [TB, X], from column ``first`` and below ``end``, into the second-level cache."""
+    COLUMNS: gl.constexpr = X // 16 if X >= 16 else 1
+    L: gl.constexpr = tile_layout(TB, COLUMNS, W)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    column = gl.minimum(first + 16 * gl.arange(0, COLUMNS, gl.SliceLayout(0, L)), end - 1)
+    ptrs = ptr + tile_at(start, gl.maximum(p, 0), stride, column, WIDE)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_steps(
     tensors, starts, strides, pixel_s, block, channel, n_states, rank,
     TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
@@ -438,7 +454,8 @@ def scan_gradient_kernel(
         starts = (b * s_x[0], delta_at, b_at, c_at, dy_at, b * s_gate[0])
         strides = (s_x[1], s_delta[1], s_b[1], s_c[1], s_dy[1], s_gate[1])
         pixel_table(pixel_s, way, t0, W)
-        # The next block is on its way while one is worked on. On the way back there are no registers for that.
+        # The next block is on its way while one is worked on. On the way back there are no registers for that, but
+        # the cache then has everything.
         x_t, delta_t, b_rows = load_steps(
             tensors, starts, strides, pixel_s, 0, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
         )
@@ -451,6 +468,8 @@ def scan_gradient_kernel(
                 tensors, starts, strides, pixel_s, gl.minimum(block + 1, last), channel, n_states, rank,
                 TB, BN, T, W, RP, ALIGN_B, WIDE,
             )  # fmt: skip
+            fetch_block(dy, dy_at, s_dy[1], pixel_s, block, d0, group_end, TB, BD, W, WIDE)
+            fetch_block(cm, c_at, s_c[1], pixel_s, block, 0, n_states, TB, BN, W, WIDE)
             barrier()
             h = keep_states(h, decay, block, last, (dt_s, v_s, b_s), kept, S)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 
 FOLDER = Path(kernels.__file__).parent / "selective_scan"
-ASM = {"ex2": torch.exp2, "lg2": torch.log2, "rcp": torch.reciprocal}
+ASM = {"ex2": torch.exp2, "lg2": torch.log2, "rcp": torch.reciprocal, "pre": lambda pointers: pointers}
 _program = {"id": 0, "count": 1}
 
 
@@ -84,7 +84,7 @@ def _where(condition: Any, a: Any, b: Any) -> Tensor:
     return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
 
 
-def _asm(text: str, _constraints: str, values: list[Tensor], **_: object) -> Tensor:
+def _asm(text: str, _constraints: str, values: list[Any], **_: object) -> Any:
     return ASM[text[:3]](values[0])
 
 
