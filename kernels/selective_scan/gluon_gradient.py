@@ -25,10 +25,10 @@ from .gluon_kernels import (
     chunk_bounds,
     direction,
     exp2,
-    load_rows_at,
-    load_tile,
+    load_block,
+    load_block_rows,
     low_rank_product,
-    pixels,
+    pixel_table,
     rows_of,
     scan_chunk_kernel,
     scan_output_kernel,
@@ -69,32 +69,6 @@ def stage_steps(staged, x, raw, p_ok, SOFTPLUS: gl.constexpr):
     staged[0].store(dt)
     staged[1].store(dt * x)
     return x
-
-
-@gluon.jit
-def pixel_table(pixel_s, way, t0, W: gl.constexpr):
-    """Fills pixel_s [steps of a chunk, 1]: the pixel of each, negative where there is no step."""
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [W, 1], [1, 0])
-    p, ok = pixels(way, t0, 1, pixel_s.shape[0], gl.SliceLayout(1, L))
-    pixel_s.store(gl.where(ok, p, -1)[:, None])
-
-
-@gluon.jit
-def load_block(ptr, start, stride, pixel_s, block, channel, TB: gl.constexpr, T: gl.constexpr, WIDE: gl.constexpr):
-    """A block of steps [TB, BD] of x, dy, delta or the gate as stored, 0 where there is none."""
-    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
-    return load_tile(ptr, start, p, p >= 0, stride, channel[0], channel[1], WIDE)
-
-
-@gluon.jit
-def load_block_rows(
-    ptr, start, stride, pixel_s, block, count,
-    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """A block of rows [TB, X] of B, C or a low-rank signal as stored."""
-    L: gl.constexpr = tile_layout(TB, X, W)
-    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
-    return load_rows_at(ptr, start, stride, p, p >= 0, count, X, L, ALIGN, WIDE)
 
 
 @gluon.jit
@@ -453,7 +427,7 @@ def scan_gradient_kernel(
         dy_at = b * s_dy[0] + k * s_dy[2]
         starts = (b * s_x[0], delta_at, b_at, c_at, dy_at, b * s_gate[0])
         strides = (s_x[1], s_delta[1], s_b[1], s_c[1], s_dy[1], s_gate[1])
-        pixel_table(pixel_s, way, t0, W)
+        pixel_table(pixel_s, way, t0, 1, W)
         # The next block is on its way while one is worked on. On the way back there are no registers for that, but
         # the cache then has everything.
         x_t, delta_t, b_rows = load_steps(

@@ -173,12 +173,29 @@ def load_rows_at(ptr, start, stride, p, ok, count, X: gl.constexpr, L: gl.conste
 
 
 @gluon.jit
-def load_rows(ptr, start, stride, way, first, sign: gl.constexpr, count, TB: gl.constexpr, X: gl.constexpr,
-              W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
-    """`load_rows_at` for a block of steps."""
+def pixel_table(pixel_s, way, first, sign: gl.constexpr, W: gl.constexpr):
+    """Fills pixel_s [steps of a chunk, 1] in the order in which they are taken; negative where there is none."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [W, 1], [1, 0])
+    p, ok = pixels(way, first, sign, pixel_s.shape[0], gl.SliceLayout(1, L))
+    pixel_s.store(gl.where(ok, p, -1)[:, None])
+
+
+@gluon.jit
+def load_block(ptr, start, stride, pixel_s, block, channel, TB: gl.constexpr, T: gl.constexpr, WIDE: gl.constexpr):
+    """A block of steps [TB, BD] of x, dy, delta or the gate as stored, 0 where there is none."""
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+    return load_tile(ptr, start, p, p >= 0, stride, channel[0], channel[1], WIDE)
+
+
+@gluon.jit
+def load_block_rows(
+    ptr, start, stride, pixel_s, block, count,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """A block of rows [TB, X] of B, C or a low-rank signal as stored."""
     L: gl.constexpr = tile_layout(TB, X, W)
-    p, ok = pixels(way, first, sign, TB, gl.SliceLayout(1, L))
-    return load_rows_at(ptr, start, stride, p, ok, count, X, L, ALIGN, WIDE)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    return load_rows_at(ptr, start, stride, p, p >= 0, count, X, L, ALIGN, WIDE)
 
 
 @gluon.jit
@@ -222,9 +239,9 @@ def scan_chunk_kernel(
     s_value, s_gate, s_row, s_delta, s_states,
     height, width, lines, length, orders, K, channels, group_channels, n_states, rank, chunk, n_chunks,
     BN: gl.constexpr, BD: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, ADJOINT: gl.constexpr,
-    ALIGN: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
+    ALIGN: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, CHUNK: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """See `gpu_kernels.scan_chunk_kernel`; strides are (batch, pixel, direction, group)."""
+    """See `gpu_kernels.scan_chunk_kernel`; at most CHUNK steps a chunk; strides (batch, pixel, direction, group)."""
     blocks = gl.cdiv(group_channels, BD)
     groups = channels // group_channels
     pid = gl.program_id(0)
@@ -256,6 +273,7 @@ def scan_chunk_kernel(
     dt_s = buffer(TB, BD)
     v_s = buffer(TB, BD)
     row_s = buffer(TB, BN)
+    pixel_s = buffer(CHUNK, 1, gl.int32)
     if RP > 0:
         low_s = buffer(RP, TB)
         weight_s = buffer(RP, BD)
@@ -265,27 +283,28 @@ def scan_chunk_kernel(
 
     h = gl.zeros([BN, BD], gl.float32, S)
     total = gl.zeros([TB, BD], gl.float32, T)
-    sign: gl.constexpr = -1 if ADJOINT else 1
+    channel = (d, d_ok)
+    pixel_table(pixel_s, way, t1 - 1 if ADJOINT else t0, -1 if ADJOINT else 1, W)
     for block in range(0, gl.cdiv(t1 - t0, TB)):
-        first = t1 - 1 - block * TB if ADJOINT else t0 + block * TB
-        p, p_ok = pixels(way, first, sign, TB, gl.SliceLayout(1, T))
         # All loads first: the block waits for memory once.
-        v = load_tile(value, value_at, p, p_ok, s_value[1], d, d_ok, WIDE)
-        rows = load_rows(row, row_at, s_row[1], way, first, sign, n_states, TB, BN, W, ALIGN, WIDE)
+        v = load_block(value, value_at, s_value[1], pixel_s, block, channel, TB, T, WIDE)
+        rows = load_block_rows(row, row_at, s_row[1], pixel_s, block, n_states, TB, BN, W, ALIGN, WIDE)
         if RP > 0:
-            low = load_rows(delta, delta_at, s_delta[1], way, first, sign, rank, TB, RP, W, 1, WIDE)
+            low = load_block_rows(delta, delta_at, s_delta[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
             low_s.permute((1, 0)).store(low.to(gl.float32))
             barrier()
             raw = low_rank_product(low_s, weight_s, bias_d, rank, T)
         else:
-            raw = load_tile(delta, delta_at, p, p_ok, s_delta[1], d, d_ok, WIDE).to(gl.float32) + bias_d[None, :]
+            raw = load_block(delta, delta_at, s_delta[1], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
+            raw += bias_d[None, :]
         row_s.store(rows.to(gl.float32))
         v = v.to(gl.float32)
-        dt = gl.where(p_ok[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
+        p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+        dt = gl.where((p >= 0)[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
         total += dt
         if ADJOINT:
             if gate is not None:
-                z = load_tile(gate, b * s_gate[0], p, p_ok, s_gate[1], d, d_ok, WIDE).to(gl.float32)
+                z = load_block(gate, b * s_gate[0], s_gate[1], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
                 v *= z * sigmoid(z)
         else:
             v *= dt
@@ -312,8 +331,8 @@ def scan_output_kernel(
     height, width, lines, length, orders, dirs, n_dirs, fan, is_first, is_last,
     channels, group_channels, n_states, rank, chunk, n_chunks,
     BN: gl.constexpr, BD: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, ACCUMULATE: gl.constexpr,
-    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, W: gl.constexpr,
-    WIDE: gl.constexpr,
+    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, CHUNK: gl.constexpr,
+    W: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """See `gpu_kernels.scan_output_kernel`; strides are (batch, pixel, direction, group).
 
@@ -344,6 +363,8 @@ def scan_output_kernel(
     y_s = buffer(TB, BD)
     b_s = buffer(TB, BN)
     c_s = buffer(TB, BN)
+    pixel_s = buffer(CHUNK, 1, gl.int32)
+    channel = (d, d_ok)
     if RP > 0:
         low_s = buffer(RP, TB)
         weight_s = buffer(RP, BD)
@@ -368,20 +389,21 @@ def scan_output_kernel(
         if start is not None:
             h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
         ends = (sweep == n_dirs - 1) & (is_last == 1)
+        pixel_table(pixel_s, way, t0, 1, W)
         for block in range(0, gl.cdiv(t1 - t0, TB)):
-            first = t0 + block * TB
-            p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
             # All loads first: the block waits for memory once.
-            v = load_tile(x, b * s_x[0], p, p_ok, s_x[1], d, d_ok, WIDE)
-            b_rows = load_rows(bm, b_at, s_b[1], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-            c_rows = load_rows(cm, c_at, s_c[1], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
+            v = load_block(x, b * s_x[0], s_x[1], pixel_s, block, channel, TB, T, WIDE)
+            b_rows = load_block_rows(bm, b_at, s_b[1], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
+            c_rows = load_block_rows(cm, c_at, s_c[1], pixel_s, block, n_states, TB, BN, W, ALIGN_C, WIDE)
+            p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+            p_ok = p >= 0
             place = tile_at(b * s_y[0] + k * s_y[2], p, s_y[1], d, WIDE)
             y_ok = p_ok[:, None] & d_ok[None, :]
             total = gl.zeros([TB, BD], gl.float32, T)
             if ACCUMULATE:
                 total = gl.load(y + place, mask=y_ok & ((sweep > 0) | (is_first == 0)), other=0.0)
             if RP > 0:
-                low = load_rows(delta, delta_at, s_delta[1], way, first, 1, rank, TB, RP, W, 1, WIDE)
+                low = load_block_rows(delta, delta_at, s_delta[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
                 low_s.permute((1, 0)).store(low.to(gl.float32))
                 barrier()
                 raw = low_rank_product(low_s, weight_s, bias_d, rank, T)

@@ -184,7 +184,8 @@ class _Plan:
             steps = {"SN": 4, "TB": block, "KEPT": TWIN_CHUNK // 8 - 1, "W": warps, "num_warps": warps, "maxnreg": 168}
         else:
             warps = width // 32
-            steps = {"SN": min(8, states), "TB": 16, "W": warps, "num_warps": warps, "maxnreg": 128}
+            steps = {"SN": min(8, states), "TB": 16, "CHUNK": TWIN_CHUNK}
+            steps |= {"W": warps, "num_warps": warps, "maxnreg": 128}
         # Partial sums have a copy of B and C for each block of channels.
         wide = self.elements * _cdiv(self.group_channels, width) >= 2**31
         return {"BN": states, "BD": width, "WIDE": wide, **steps, **common}
