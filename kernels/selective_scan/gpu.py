@@ -180,7 +180,7 @@ class _Plan:
             lanes = states // 4
             warps = max(1, min(4, width * lanes // 64))
             # What lets three programs share a multiprocessor's memory.
-            block = 16 if common["RP"] <= 4 else 8
+            block = 16 if common["RP"] <= 8 else 8
             steps = {"SN": 4, "TB": block, "KEPT": TWIN_CHUNK // 8 - 1, "W": warps, "num_warps": warps, "maxnreg": 168}
         else:
             warps = width // 32
