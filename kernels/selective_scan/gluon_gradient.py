@@ -27,6 +27,7 @@ from .gluon_kernels import (
     exp2,
     load_block,
     load_block_rows,
+    load_steps,
     low_rank_product,
     pixel_table,
     rows_of,
@@ -85,22 +86,6 @@ def fetch_block(
     gl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def load_steps(
-    tensors, starts, strides, pixel_s, block, channel, n_states, rank,
-    TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
-    WIDE: gl.constexpr,
-):  # fmt: skip
-    """x, delta (or its low-rank signal) and B of a block of steps; with these begin tensors, starts and strides."""
-    x_t = load_block(tensors[0], starts[0], strides[0], pixel_s, block, channel, TB, T, WIDE)
-    if RP > 0:
-        delta_t = load_block_rows(tensors[1], starts[1], strides[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
-    else:
-        delta_t = load_block(tensors[1], starts[1], strides[1], pixel_s, block, channel, TB, T, WIDE)
-    b_rows = load_block_rows(tensors[2], starts[2], strides[2], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
-    return x_t, delta_t, b_rows
 
 
 @gluon.jit

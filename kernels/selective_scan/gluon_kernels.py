@@ -199,6 +199,22 @@ def load_block_rows(
 
 
 @gluon.jit
+def load_steps(
+    tensors, starts, strides, pixel_s, block, channel, n_states, rank,
+    TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
+    WIDE: gl.constexpr,
+):  # fmt: skip
+    """x, delta (or its low-rank signal) and B of a block of steps; with these begin tensors, starts and strides."""
+    x_t = load_block(tensors[0], starts[0], strides[0], pixel_s, block, channel, TB, T, WIDE)
+    if RP > 0:
+        delta_t = load_block_rows(tensors[1], starts[1], strides[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
+    else:
+        delta_t = load_block(tensors[1], starts[1], strides[1], pixel_s, block, channel, TB, T, WIDE)
+    b_rows = load_block_rows(tensors[2], starts[2], strides[2], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
+    return x_t, delta_t, b_rows
+
+
+@gluon.jit
 def weight_places(k, channels, rank, d0, limit, RP: gl.constexpr, BD: gl.constexpr, L: gl.constexpr):
     """Offsets and mask [RP, BD] of the weight (K, channels, rank) of the channels from ``d0`` below ``limit``."""
     r = gl.arange(0, RP, gl.SliceLayout(1, L))
@@ -285,31 +301,36 @@ def scan_chunk_kernel(
     total = gl.zeros([TB, BD], gl.float32, T)
     channel = (d, d_ok)
     pixel_table(pixel_s, way, t1 - 1 if ADJOINT else t0, -1 if ADJOINT else 1, W)
-    for block in range(0, gl.cdiv(t1 - t0, TB)):
-        # All loads first: the block waits for memory once.
-        v = load_block(value, value_at, s_value[1], pixel_s, block, channel, TB, T, WIDE)
-        rows = load_block_rows(row, row_at, s_row[1], pixel_s, block, n_states, TB, BN, W, ALIGN, WIDE)
+    # The next block is on its way while one is worked on.
+    v, raw, rows = load_steps(
+        (value, delta, row), (value_at, delta_at, row_at), (s_value[1], s_delta[1], s_row[1]), pixel_s, 0, channel,
+        n_states, rank, TB, BN, T, W, RP, ALIGN, WIDE,
+    )  # fmt: skip
+    n_blocks = gl.cdiv(t1 - t0, TB)
+    for block in range(0, n_blocks):
         if RP > 0:
-            low = load_block_rows(delta, delta_at, s_delta[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
-            low_s.permute((1, 0)).store(low.to(gl.float32))
+            low_s.permute((1, 0)).store(raw.to(gl.float32))
             barrier()
-            raw = low_rank_product(low_s, weight_s, bias_d, rank, T)
+            steps = low_rank_product(low_s, weight_s, bias_d, rank, T)
         else:
-            raw = load_block(delta, delta_at, s_delta[1], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
-            raw += bias_d[None, :]
+            steps = raw.to(gl.float32) + bias_d[None, :]
         row_s.store(rows.to(gl.float32))
-        v = v.to(gl.float32)
+        u = v.to(gl.float32)
         p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
-        dt = gl.where((p >= 0)[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
+        dt = gl.where((p >= 0)[:, None], softplus(steps) if SOFTPLUS else steps, 0.0)
         total += dt
         if ADJOINT:
             if gate is not None:
                 z = load_block(gate, b * s_gate[0], s_gate[1], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
-                v *= z * sigmoid(z)
+                u *= z * sigmoid(z)
         else:
-            v *= dt
+            u *= dt
         dt_s.store(dt)
-        v_s.store(v)
+        v_s.store(u)
+        v, raw, rows = load_steps(
+            (value, delta, row), (value_at, delta_at, row_at), (s_value[1], s_delta[1], s_row[1]), pixel_s,
+            gl.minimum(block + 1, n_blocks - 1), channel, n_states, rank, TB, BN, T, W, RP, ALIGN, WIDE,
+        )  # fmt: skip
         barrier()  # once, instead of at the first load of every step
         for quad in range(0, TB // 4):
             for i in gl.static_range(4):
