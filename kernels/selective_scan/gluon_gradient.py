@@ -25,6 +25,7 @@ from .gluon_kernels import (
     chunk_bounds,
     direction,
     exp2,
+    fetch_block,
     load_block,
     load_block_rows,
     load_steps,
@@ -70,22 +71,6 @@ def stage_steps(staged, x, raw, p_ok, SOFTPLUS: gl.constexpr):
     staged[0].store(dt)
     staged[1].store(dt * x)
     return x
-
-
-@gluon.jit
-def fetch_block(
-    ptr, start, stride, pixel_s, block, first, end,
-    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """Brings a block of steps [TB, X], from column ``first`` and below ``end``, into the second-level cache."""
-    COLUMNS: gl.constexpr = X // 16 if X >= 16 else 1
-    L: gl.constexpr = tile_layout(TB, COLUMNS, W)
-    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
-    column = gl.minimum(first + 16 * gl.arange(0, COLUMNS, gl.SliceLayout(0, L)), end - 1)
-    ptrs = ptr + tile_at(start, gl.maximum(p, 0), stride, column, WIDE)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit

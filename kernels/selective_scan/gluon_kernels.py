@@ -199,6 +199,22 @@ def load_block_rows(
 
 
 @gluon.jit
+def fetch_block(
+    ptr, start, stride, pixel_s, block, first, end,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Brings a block of steps [TB, X], from column ``first`` and below ``end``, into the second-level cache."""
+    COLUMNS: gl.constexpr = X // 16 if X >= 16 else 1
+    L: gl.constexpr = tile_layout(TB, COLUMNS, W)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    column = gl.minimum(first + 16 * gl.arange(0, COLUMNS, gl.SliceLayout(0, L)), end - 1)
+    ptrs = ptr + tile_at(start, gl.maximum(p, 0), stride, column, WIDE)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_steps(
     tensors, starts, strides, pixel_s, block, channel, n_states, rank,
     TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
@@ -411,7 +427,8 @@ def scan_output_kernel(
             h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
         ends = (sweep == n_dirs - 1) & (is_last == 1)
         pixel_table(pixel_s, way, t0, 1, W)
-        for block in range(0, gl.cdiv(t1 - t0, TB)):
+        n_blocks = gl.cdiv(t1 - t0, TB)
+        for block in range(0, n_blocks):
             # All loads first: the block waits for memory once.
             v = load_block(x, b * s_x[0], s_x[1], pixel_s, block, channel, TB, T, WIDE)
             b_rows = load_block_rows(bm, b_at, s_b[1], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
@@ -437,6 +454,15 @@ def scan_output_kernel(
             dt_s.store(dt)
             v_s.store(v * dt)
             total += skip_d[None, :] * v
+            # There are no registers for reading the next block ahead: it only comes nearer.
+            coming = gl.minimum(block + 1, n_blocks - 1)
+            fetch_block(x, b * s_x[0], s_x[1], pixel_s, coming, d0, limit, TB, BD, W, WIDE)
+            if RP > 0:
+                fetch_block(delta, delta_at, s_delta[1], pixel_s, coming, 0, rank, TB, RP, W, WIDE)
+            else:
+                fetch_block(delta, delta_at, s_delta[1], pixel_s, coming, d0, limit, TB, BD, W, WIDE)
+            fetch_block(bm, b_at, s_b[1], pixel_s, coming, 0, n_states, TB, BN, W, WIDE)
+            fetch_block(cm, c_at, s_c[1], pixel_s, coming, 0, n_states, TB, BN, W, WIDE)
             barrier()
             for quad in range(0, TB // 4):
                 found = ()
