@@ -558,6 +558,7 @@ class _Gradient:
 
         for number, axis in enumerate(plan.axes):
             _launch(plan, ("gradient", number), kernel, tensors, lambda n=number, a=axis: gradient_launch(n, a))
+        tensors.clear()  # what is summed below needs the memory of what is only read
         if gx_out is not None:
             gx = gx_out.unsqueeze(0)
         parts = [gx, g_delta, pixel_sums[0], gb, gc, pixel_sums[1], pixel_sums[2], pixel_sums[3], gz]
