@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.convert import config_from_state_dict, convert_layer, from_official, vim_mixer
+from generation.convert import config_from_state_dict, convert_layer, from_official
 from generation.mixers import S6Mixer
 from generation.published_diffusion import CosineSchedule
 from generation.temporal import GLULayer, TemporalConfig, temporal_layer
@@ -17,6 +17,7 @@ from generation.unet import SSMVideoUNet
 from kernels.s4d import torch_path
 from tests.generation.published import SHIPPED, Case, read
 from tests.golden import values
+from vision_ssm.backbones.convert import vim_mixer
 from vision_ssm.mamba import BidirectionalMamba
 
 LAYER_ERROR, GRADIENT_ERROR, NET_ERROR = 2e-6, 1e-4, 2e-5
