@@ -13,17 +13,17 @@ import torch
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch import Tensor, nn
+from torch import Tensor
 
 from detection.model import SCALES, STAGE_CHANNELS, STAGE_REPEATS, Backbone, SizeName
-from vision_ssm.backbones.registration import scan_constants, untrained
+from vision_ssm.backbones.timm_interface import MapClassifier, untrained
 from vision_ssm.errors import UserError
 from vision_ssm.scan_parameters import Init
 
 REDUCTIONS = (4, 8, 16, 32)
 
 
-class MambaYOLOClassifier(nn.Module):
+class MambaYOLOClassifier(MapClassifier):
     """The backbone of a detector with mean and linear layer on its last map; a picture may have any size from 32 up.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes)
@@ -69,14 +69,6 @@ class MambaYOLOClassifier(nn.Module):
         """The map at stride 32, after the pyramid pooling."""
         return self._maps(images)[-1]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify what ``forward_features`` gave, or only pool it."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return self.forward_head(self.forward_features(images))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -113,25 +105,12 @@ class MambaYOLOClassifier(nn.Module):
             self.reset_classifier(0, "")
         return feature_take_indices(len(REDUCTIONS), indices)[0]
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put an untrained classifier, or none (0), in place of the present one."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of storing what it did.
 
         The running statistics of the batch norms then move twice a step, as in all networks that have them.
         """
         self.backbone.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must not touch."""
-        return scan_constants(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups of parameters, for rates that fall with depth."""

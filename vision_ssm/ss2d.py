@@ -72,16 +72,17 @@ class SS2D(nn.Module):
         """Scan a map in four directions, sum and normalise: (B, H, W, D) -> (B, H, W, D)."""
         projected = _pixels(self.x_proj(_maps(x))).unflatten(-1, (len(DIRECTIONS), sum(self.split)))
         delta, B, C = projected.split(self.split, dim=-1)  # (B, H, W, K, R | N | N)
+        A, D, bias = self.scan.exact(x)
         y = selective_scan_2d(
             x,
             delta,
-            self.scan.A,
+            A,
             B,
             C,
-            self.scan.D,
+            D,
             directions=DIRECTIONS,
             delta_weight=self.scan.dt_weight,
-            delta_bias=self.scan.dt_bias,
+            delta_bias=bias,
             softplus=True,
             backend=self.backend,
         )

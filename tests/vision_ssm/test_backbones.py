@@ -165,6 +165,19 @@ def test_checkpointing_changes_no_gradient(name) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_half_precision(name) -> None:
+    model, x = small(name), torch.rand(2, 3, 24, 24)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x)
+    halved = model.bfloat16()(x.bfloat16())
+    assert mixed.dtype == halved.dtype == torch.bfloat16
+    for scores in (mixed, halved):
+        torch.testing.assert_close(scores.float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_drop_path_grows_with_depth(name) -> None:
     rates = [m.drop_prob for m in small(name, drop_path_rate=0.3).modules() if isinstance(m, DropPath)]

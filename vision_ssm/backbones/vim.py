@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision_ssm.backbones.registration import scan_constants, untrained
+from vision_ssm.backbones.timm_interface import scan_constants, untrained
 from vision_ssm.mamba import BidirectionalMamba
 
 # Shapes: B batch, H/W height and width, h/w those of the grid of patches, L = h * w tokens, C width.

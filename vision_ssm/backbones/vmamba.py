@@ -14,7 +14,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vision_ssm.backbones.registration import scan_constants, untrained
+from vision_ssm.backbones.timm_interface import MapClassifier, untrained
 from vision_ssm.ss2d import SS2D
 
 # Shapes: B batch, H/W height and width of the map at hand, C its channels.
@@ -84,7 +84,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class VMamba(nn.Module):
+class VMamba(MapClassifier):
     """VMamba; a picture may have any size.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes)
@@ -142,31 +142,10 @@ class VMamba(nn.Module):
         """The last map after the last norm, (B, C, H/32, W/32)."""
         return self.norm(self.stages(self.stem(images)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify what ``forward_features`` gave, or only pool it."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return self.forward_head(self.forward_features(images))
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put an untrained classifier, or none (0), in place of the present one."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of storing what it did."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # pyright: ignore[reportArgumentType]
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must not touch."""
-        return scan_constants(self)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups of parameters, for rates that fall with depth."""

@@ -23,7 +23,7 @@ STATISTICS: dict[Statistics, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 """Mean and deviation of pixel values from 0 to 1, for all channels or each."""
 OURS = ("vision_ssm.backbones", "detection.backbone")
-"""Modules that register our networks in timm; imported when a network is built."""
+"""Modules that register our networks in timm; imported when a name is not known without them."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 
@@ -40,7 +40,8 @@ def build_network(config: NetworkConfig, classes: int) -> nn.Module:
         UserError: no such network, or it does not take the options.
     """
     for module in OURS:
-        importlib.import_module(module)
+        if not timm.is_model(config.name):
+            importlib.import_module(module)
     if not timm.is_model(config.name):
         raise UserError(f"timm has no network {config.name!r}{near_match(config.name, timm.list_models())}")
     try:
