@@ -30,12 +30,13 @@ from detection.head import STRIDES, DetectionHead
 from detection.loss import DetectionLoss
 from detection.model import SCALES, MambaYOLO, SizeName
 from detection.pretrained import load_model, resolve_weights
-from detection.summary import COUNTING, summarize
+from detection.summary import summarize
 from kernels import choose_backend
 from vision_ssm.bench.measure import Stopwatch
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable, write_text
+from vision_ssm.flops import COUNTING
 from vision_ssm.ss2d import SS2D
 
 Precision = Literal["fp32", "bf16"]
