@@ -31,8 +31,14 @@ TASKS = {
     "probe": ("vision_ssm.probe.commands", "measure a mixer: what it remembers, smooths, expresses, learns in context"),
 }
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}
-EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "av": "video", "diffusers": "generation",
-    "sklearn": "test"}
+EXTRAS = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "av": "video",
+    "diffusers": "generation",
+    "sklearn": "test",
+}
 """Import name -> our extra that brings it."""
 
 _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141

@@ -41,7 +41,7 @@ def recency(
     from vision_ssm.probe.recency import RecencyOptions, measure
 
     chosen = _stacks(stacks, layers, dim, state_size, causal)
-    return _finish(measure(RecencyOptions(stacks=chosen, pool=pool, length=length, steps=steps, seed=seed)), out)
+    return _run(measure, RecencyOptions(stacks=chosen, pool=pool, length=length, steps=steps, seed=seed), out)
 
 
 def smooth(
@@ -70,7 +70,7 @@ def smooth(
     from vision_ssm.probe.smooth import SmoothOptions, measure
 
     chosen = _stacks(stacks, layers, dim, state_size, causal)
-    return _finish(measure(SmoothOptions(stacks=chosen, steps=steps, seed=seed)), out)
+    return _run(measure, SmoothOptions(stacks=chosen, steps=steps, seed=seed), out)
 
 
 def expressivity(
@@ -99,9 +99,7 @@ def expressivity(
     from vision_ssm.probe.expressivity import ExpressivityOptions, measure
 
     chosen = dict.fromkeys(c for n in layers for c in _stacks(stacks, n, dim, state_size, True))
-    return _finish(
-        measure(ExpressivityOptions(stacks=tuple(chosen), references=references, paths=paths, seed=seed)), out
-    )
+    return _run(measure, ExpressivityOptions(stacks=tuple(chosen), references=references, paths=paths, seed=seed), out)
 
 
 def icl(
@@ -147,7 +145,7 @@ def icl(
         stacks=chosen, task=task, dims=dims, points=points, vocabulary=vocabulary, steps=steps, batch_size=batch_size,
         lr=lr, seed=seed, device=device,
     )  # fmt: skip
-    return _finish(measure(options), out)
+    return _run(measure, options, out)
 
 
 def sampling(
@@ -176,7 +174,7 @@ def sampling(
     from vision_ssm.probe.sampling import SamplingOptions, measure
 
     chosen = _stacks(stacks, layers, dim, state_size, causal)
-    return _finish(measure(SamplingOptions(stacks=chosen, steps=steps, seeds=seeds)), out)
+    return _run(measure, SamplingOptions(stacks=chosen, steps=steps, seeds=seeds), out)
 
 
 def _stacks(names: list[str], layers: int, dim: int, state_size: int | None, causal: bool):
@@ -185,7 +183,11 @@ def _stacks(names: list[str], layers: int, dim: int, state_size: int | None, cau
     return tuple(StackConfig.of(name, layers, dim=dim, state_size=state_size, causal=causal) for name in names)
 
 
-def _finish(report, out: Path) -> int:
+def _run(measure, options, out: Path) -> int:
+    from vision_ssm.files import check_writable
+
+    check_writable(out)
+    report = measure(options)
     print(report.table())
     report.write(out)
     print(f"wrote {out / report.name}.json and .png")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_ssm.errors import UserError
 from vision_ssm.probe.report import Report
 from vision_ssm.probe.stack import StackConfig
 
@@ -32,6 +33,7 @@ GAIN = 0.2
 STATES, BLOCK = 64, 4
 """Of the references, and the side of a block in the block-diagonal one."""
 RIDGE = 1e-8
+LEAST_PATHS = 1000
 GROUP = 500
 """Paths at a time."""
 REFERENCES = ("LTI", "gate only", "diagonal", "two diagonal", "block-diagonal", "dense")
@@ -46,6 +48,10 @@ class ExpressivityOptions:
     paths: int = 8000
     """Three in four are fitted, the rest scored."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.paths < LEAST_PATHS:
+            raise UserError(f"paths must be at least {LEAST_PATHS}, or the fit says nothing, got {self.paths}")
 
 
 def paths(count: int, seed: int) -> Tensor:

@@ -39,6 +39,8 @@ class RecencyOptions:
     def __post_init__(self) -> None:
         if self.length < 8:
             raise UserError(f"length must be at least 8, got {self.length}")
+        if self.steps < 0:
+            raise UserError(f"steps must not be negative, got {self.steps}")
 
 
 def influence(mixer: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def influence(mixer: nn.Module, x: Tensor) -> Tensor:
 
 
 def transmission(log_decays: Tensor) -> tuple[Tensor, Tensor]:
-    """(L,) each, for (B, L, M) decays: the product of the last k, mean over states, and of the state that keeps most."""
+    """(L,) each, for (B, L, M) decays: product of the last k, mean over states, and of the state that keeps most."""
     summed = log_decays.flip(1).cumsum(1)
     kept = torch.cat([torch.zeros_like(summed[:, :1]), summed], dim=1)[:, :-1].exp().mean(0)  # (L, M)
     return kept.mean(1), kept.amax(1)

@@ -82,7 +82,11 @@ def measure(options: SamplingOptions) -> Report:
     spread = (HIGH - LOW) / 12**0.5
     rows: list[tuple] = [
         ("reference: always the mean", *[spread] * len(RATES), *[None] * len(RATES)),
-        ("reference: reads the training rate", *(rms * abs(s / STEP - 1) for s, _ in RATES.values()), *[None] * 4),
+        (
+            "reference: reads the training rate",
+            *(None if j else rms * abs(s / STEP - 1) for s, j in RATES.values()),
+            *[None] * 4,
+        ),
     ]
     for config in options.stacks:
         found = torch.tensor([errors(config, options.steps, seed) for seed in range(options.seeds)])
