@@ -154,8 +154,8 @@ def answers(model: SpanQA, examples: list[Example], config: QAConfig) -> list[st
     found = []
     for i in range(0, len(examples), config.batch_size):
         some = examples[i : i + config.batch_size]
-        spans = decode(*model(*model.encode(some, config.max_length)), config.max_answer).tolist()
-        for e, (start, end) in zip(some, spans, strict=True):
+        starts, ends = model(*model.encode(some, config.max_length))
+        for e, (start, end) in zip(some, decode(starts, ends, config.max_answer).tolist(), strict=True):
             skip = len(e.question) + 1
             found.append(e.context[start - skip : end - skip + 1])
     return found

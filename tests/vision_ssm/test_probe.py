@@ -193,7 +193,7 @@ def test_causal_reader_of_the_last_token_has_a_recency_bias():
         ["expressivity", "attention", "--dim", "8", "--layers", "1", "--no-references", "--paths", "1000"],
         ["icl", "s6+attention", "--task", "linreg", "--dim", "8", "--steps", "2", "--points", "4"],
         ["icl", "s4d", "--task", "mqar", "--dim", "8", "--steps", "2", "--points", "2", "--vocabulary", "16"],
-        ["sampling", "ssd", "--dim", "8", "--layers", "1", "--steps", "2", "--seeds", "2"],
+        ["sampling", "gated_conv", "--dim", "8", "--layers", "1", "--steps", "2", "--seeds", "2"],
     ],
     ids=lambda arguments: "-".join(arguments[:4]),
 )

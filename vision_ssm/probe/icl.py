@@ -35,8 +35,8 @@ class ICLOptions:
     dims: int = 5
     points: int = 16
     vocabulary: int = 256
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 2000
+    batch_size: int = 32
     lr: float = 2e-3
     seed: int = 0
     device: str = "auto"

@@ -140,8 +140,8 @@ class S4D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         constants = (self.log_dt, self.log_A_real, self.A_imag, self.C, self.D)
-        y = sum(cast(Tensor, s4d(x, *(c[i] for c in constants), reverse=r)) for i, r in enumerate(self.reverse))
-        return F.glu(self.out_proj(F.gelu(y / len(self.reverse))), dim=-1)
+        ways = [cast(Tensor, s4d(x, *(c[i] for c in constants), reverse=r)) for i, r in enumerate(self.reverse)]
+        return F.glu(self.out_proj(F.gelu(torch.stack(ways).mean(0))), dim=-1)
 
     def log_decays(self, x: Tensor) -> Tensor:
         """(B, L, C N / 2): constant, the real parts of the modes."""
@@ -179,10 +179,10 @@ class GatedConv(nn.Module):
         """(B, L, C) -> (B, L, C)."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         convs = cast(Iterable[nn.Conv1d], self.convs)
-        u = sum(
+        ways = [
             cast(Tensor, causal_conv1d(value, c.weight.squeeze(1), c.bias, reverse=i > 0)) for i, c in enumerate(convs)
-        )
-        return self.out_proj(F.silu(u) * F.silu(gate))
+        ]
+        return self.out_proj(F.silu(torch.stack(ways).sum(0)) * F.silu(gate))
 
 
 def _directions(causal: bool) -> tuple[bool, ...]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class Stack(nn.Module):
 
 
 def fit(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], loss: Callable[..., Tensor], *, steps: int, lr: float
+    model: nn.Module, batches: Iterable[tuple[Any, ...]], loss: Callable[..., Tensor], *, steps: int, lr: float
 ) -> float:
     """Train with AdamW, a short warm-up and a linear way to zero; gradients are clipped at norm 1.
 
