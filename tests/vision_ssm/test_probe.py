@@ -86,6 +86,28 @@ def test_signature_against_a_fine_sum():
     torch.testing.assert_close(expressivity.signature(steps), want, atol=2e-3, rtol=0)
 
 
+class Constant(torch.nn.Module):
+    """The same numbers for every token, in place of a projection."""
+
+    def __init__(self, projection):
+        super().__init__()
+        self.values = torch.nn.Parameter(0.3 * torch.randn(projection.out_features))
+
+    def forward(self, u):
+        return self.values.expand(*u.shape[:-1], -1)
+
+
+class Frozen(StackConfig):
+    """Scans whose step sizes, B and C do not depend on the input."""
+
+    def build(self, layer):
+        mixer = super().build(layer)
+        for module in mixer.modules():
+            if hasattr(module, "x_proj"):
+                module.x_proj = Constant(module.x_proj)
+        return mixer
+
+
 def test_expressivity_thresholds():
     """The guard against a selective scan that became a constant one; docs/probe.md has the whole table."""
     steps = expressivity.paths(8000, seed=0)
@@ -98,10 +120,13 @@ def test_expressivity_thresholds():
     assert gate[0] > 0.99
     assert gate[1] < 0.1
     assert two[3] - one[3] >= 0.15
-    for name, least in (("s6", 0.95), ("gated_conv", None)):
-        config = StackConfig.of(name, 1, dim=64)
-        area = expressivity.read_out(expressivity.stack_features(config, steps, 0), targets)[1]
-        assert area < 0.05 if least is None else area > least
+
+    def area(config: StackConfig) -> float:
+        return expressivity.read_out(expressivity.stack_features(config, steps, 0), targets)[1]
+
+    assert area(StackConfig(mixers=("s6",), dim=64)) > 0.95
+    assert area(StackConfig(mixers=("gated_conv",), dim=64)) < 0.05
+    assert area(Frozen(mixers=("s6",), dim=64)) < 0.05
 
 
 def test_linreg_is_solved_by_least_squares():

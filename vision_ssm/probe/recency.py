@@ -80,41 +80,48 @@ def accuracies(model: Stack, pixels: Tensor, labels: Tensor, pool: digits.Pool, 
     return found
 
 
+def _untrained(config: StackConfig, options: RecencyOptions) -> tuple[list[float | None], list[Curve]]:
+    """Cells and curves of the first layer's mixer."""
+    torch.manual_seed(options.seed)
+    mixer = config.build(0)
+    x = torch.randn(SEQUENCES, options.length, config.dim)
+    found: list[Tensor | None] = [influence(mixer, x), None, None]
+    if hasattr(mixer, "log_decays"):
+        with torch.inference_mode():
+            found[1:] = transmission(mixer.log_decays(x))  # pyright: ignore[reportCallIssue]
+    names = (f"{config.mixers[0]}: influence", f"{config.mixers[0]}: transmission")
+    curves = [
+        Curve(name, range(1, options.length), curve[1:].tolist())
+        for name, curve in zip(names, found, strict=False)
+        if curve is not None
+    ]
+    return [None if curve is None else curve[k].item() for curve in found for k in _distances(options)], curves
+
+
+def _distances(options: RecencyOptions) -> list[int]:
+    return [k for k in DISTANCES if k < options.length]
+
+
+def _corrupted(config: StackConfig, options: RecencyOptions) -> list[float]:
+    """Accuracies of a classifier that was trained on clean digits."""
+    pixels, labels = digits.load()
+    torch.manual_seed(options.seed)
+    model = digits.classifier(config)
+    digits.train(model, pixels, labels, pool=options.pool, steps=options.steps, seed=options.seed)
+    test = slice(-digits.TEST, None)
+    return accuracies(model, pixels[test], labels[test], options.pool, options.seed)
+
+
 def measure(options: RecencyOptions) -> Report:
-    """Both curves and the corruption test for every stack; curves are those of the first layer's mixer."""
-    distances = [k for k in DISTANCES if k < options.length]
+    """Both curves, and the corruption test, for every stack."""
     kinds = ("influence", "transmission", "best state")
-    columns = ("stack", *(f"{kind} {k}" for kind in kinds for k in distances))
+    columns = ("stack", *(f"{kind} {k}" for kind in kinds for k in _distances(options)))
     columns += ("clean %", "first %", "middle %", "last %")
     rows, curves = [], []
-    pixels, labels = digits.load() if options.steps else (None, None)
     for config in options.stacks:
-        torch.manual_seed(options.seed)
-        mixer = config.build(0)
-        x = torch.randn(SEQUENCES, options.length, config.dim)
-        heard = influence(mixer, x)
-        curves.append(Curve(f"{config.label}: influence", range(1, options.length), heard[1:].tolist()))
-        row = [heard[k].item() for k in distances]
-        decays = getattr(mixer, "log_decays", None)
-        if decays is None:
-            row += [None] * 2 * len(distances)
-        else:
-            with torch.inference_mode():
-                mean, best = transmission(decays(x))
-            row += [curve[k].item() for curve in (mean, best) for k in distances]
-            curves.append(Curve(f"{config.label}: transmission", range(1, options.length), mean[1:].tolist()))
-        if pixels is None or labels is None:
-            row += [None] * 4
-        else:
-            torch.manual_seed(options.seed)
-            model = digits.classifier(config)
-            digits.train(model, pixels, labels, pool=options.pool, steps=options.steps, seed=options.seed)
-            test = slice(-digits.TEST, None)
-            row += accuracies(model, pixels[test], labels[test], options.pool, options.seed)
-        rows.append((config.label, *row))
-    settings = {
-        "pool": options.pool, "length": options.length, "steps": options.steps, "seed": options.seed,
-        "noisy pixels": NOISY, "stacks": [vars(c) for c in options.stacks],
-    }  # fmt: skip
+        cells, drawn = _untrained(config, options)
+        curves += drawn
+        rows.append((config.label, *cells, *(_corrupted(config, options) if options.steps else [None] * 4)))
+    settings = {**vars(options), "noisy pixels": NOISY, "stacks": [vars(c) for c in options.stacks]}
     axes = {"xlabel": "distance in tokens", "ylabel": "relative to distance 0", "xscale": "log", "yscale": "log"}
     return Report("recency", settings, columns, rows, curves, axes)

@@ -12,6 +12,9 @@ import torch
 import vision_ssm
 from vision_ssm.files import replacing, write_text
 
+MARKED = 30
+"""Longest curve whose points are drawn."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -63,7 +66,7 @@ class Report:
         plot.set(title=f"vssm probe {self.name}", **self.axes)
         plot.grid(alpha=0.3)
         for curve in self.curves:
-            plot.plot(curve.x, curve.y, "o-", label=curve.name)
+            plot.plot(curve.x, curve.y, "o-" if len(curve.x) <= MARKED else "-", label=curve.name)
         if not self.curves:
             self._bars(plot)
         plot.legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
