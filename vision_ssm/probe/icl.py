@@ -147,9 +147,8 @@ def score(task: Task, found: Tensor, answers: Tensor) -> Tensor:
         return 100 * (found.argmax(-1) == answers).float().mean(0)
     if task == "parity":
         return 100 * (found.squeeze(-1) * answers > 0).float().mean(0)
-    return (found.squeeze(-1) - answers).square().mean(0) if task == "linreg" else (
-        (found - answers).square().sum(-1).mean(0)
-    )  # fmt: skip
+    errors = (found.reshape(answers.shape) - answers).square()
+    return (errors if task == "linreg" else errors.sum(-1)).mean(0)
 
 
 def measure(options: ICLOptions) -> Report:
@@ -172,9 +171,9 @@ def measure(options: ICLOptions) -> Report:
         rows.append((config.label, size, last.item(), round(seconds)))
         if options.task in ("linreg", "parity"):
             curves.append(Curve(config.label, range(options.points), found.tolist()))
-    known = {"linreg": ("answer zero", 1.0), "retrieval": ("answer zero", 1.0), "parity": ("guess", 50.0)}
-    chance = ("guess", 100 / (options.vocabulary // 2)) if options.task == "mqar" else known[options.task]
-    rows.insert(0, (f"reference: {chance[0]}", None, chance[1], None))
+    chance = {"parity": 50.0, "mqar": 100 / (options.vocabulary // 2)}.get(options.task)
+    reference = ("reference: answer zero", 1.0) if chance is None else ("reference: guess", chance)
+    rows.insert(0, (reference[0], None, reference[1], None))
     columns = ("stack", "parameters", SCORES[options.task], "seconds")
     settings = {**vars(options), "device": str(device), "stacks": [vars(c) for c in options.stacks]}
     axes = {"ylabel": SCORES[options.task]} | ({"xlabel": "examples seen"} if curves else {})
