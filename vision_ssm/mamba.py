@@ -9,7 +9,7 @@ from kernels import selective_scan
 from kernels.selective_scan.op import Backend
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
-from vision_ssm.scan_parameters import ScanParameters, exact, present_only
+from vision_ssm.scan_parameters import ScanParameters, present_only
 
 # Shapes: B batch, L tokens, C model width, D = expand * C inner channels, N state size, R rank of the step size.
 
@@ -68,12 +68,15 @@ class DirectionalScan(nn.Module):
         delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (..., R | N | N)
         zeros = self.options.polar[1]
         kept = B.shape[-1] - zeros
-        constants = (exact(self.scan.A[0], u), B[..., :kept], C[..., :kept], exact(self.scan.D[0], u))
-        weight, bias = self.scan.dt_weight[0], exact(self.scan.dt_bias[0], u)
+        A, D, bias = (constant[0] for constant in self.scan.exact(u))
+        weight = self.scan.dt_weight[0]
         y, final = selective_scan(
             u,
             delta,
-            *constants,
+            A,
+            B[..., :kept],
+            C[..., :kept],
+            D,
             delta_weight=weight,
             delta_bias=bias,
             softplus=True,

@@ -58,10 +58,17 @@ class ScanParameters(nn.Module):
         else:
             raise ValueError(f'init must be "official" or "vmamba", got {init!r}')
 
+    def exact(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, D and bias of the step sizes for a scan of ``like``: float64 beside such, else float32 in any model."""
+        return self._with_ones(-exact(self.A_log, like).exp()), exact(self.D, like), exact(self.dt_bias, like)
+
     @property
     def A(self) -> Tensor:  # noqa: N802 (the name of the literature)
         """(K, D, N) negative real decay rates; with ``ones``, (K, D, N + ones), the last ones zero."""
-        return F.pad(-self.A_log.exp(), (0, self.ones)) if self.ones else -self.A_log.exp()
+        return self._with_ones(-self.A_log.exp())
+
+    def _with_ones(self, A: Tensor) -> Tensor:
+        return F.pad(A, (0, self.ones)) if self.ones else A
 
 
 def present_only(u: Tensor, delta: Tensor, delta_weight: Tensor, delta_bias: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -30,17 +30,21 @@ class GatedMap(nn.Module, ABC):
         dim: C.
         expand: D / C.
         act: Activation of the convolution and of the gate.
+        gate: Multiply by a gate.
+        conv_bias: Give the depthwise convolution a bias.
     """
 
     norm: nn.LayerNorm
     out_proj: nn.Conv2d
 
-    def __init__(self, dim: int, *, expand: float, act: Act) -> None:
+    def __init__(self, dim: int, *, expand: float, act: Act, gate: bool = True, conv_bias: bool = True) -> None:
         super().__init__()
         self.dim, self.inner = dim, int(expand * dim)
         self.in_proj = nn.Conv2d(dim, self.inner, 1, bias=False)
-        self.gate_proj = nn.Conv2d(dim, self.inner, 1, bias=False)
-        self.conv = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner)
+        self.gated = gate
+        if gate:
+            self.gate_proj = nn.Conv2d(dim, self.inner, 1, bias=False)
+        self.conv = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner, bias=conv_bias)
         self.act = nn.GELU() if act == "gelu" else nn.SiLU()
 
     def add_output(self, norm_eps: float) -> None:
@@ -56,12 +60,13 @@ class GatedMap(nn.Module, ABC):
         """See the class."""
         maps = to_maps(x)
         y = self.core(to_pixels(self.act(self.conv(self.in_proj(maps)))))
-        gate = to_pixels(self.act(self.gate_proj(maps)))
-        return to_pixels(self.out_proj(to_maps(y * gate)))
+        if self.gated:
+            y = y * to_pixels(self.act(self.gate_proj(maps)))
+        return to_pixels(self.out_proj(to_maps(y)))
 
 
 class SS2D(GatedMap):
-    """Gated four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
+    """Four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
 
     Deviations from the released modules, none of which changes a value: the input projection is kept as its two halves
     (so that no half has to be copied out of the other), and one projection gives step size, B and C of all directions.
@@ -77,6 +82,8 @@ class SS2D(GatedMap):
         norm_eps: Epsilon of the layer norm after the scan.
         act: Activation of the convolution and of the gate. Mamba-YOLO's released code uses GELU (its figures show
             SiLU), VMamba and MambaIR use SiLU.
+        gate: Multiply by a gate; VMamba's second version has none.
+        conv_bias: Give the depthwise convolution a bias; VMamba's second version has none.
         backend: Back end of the scan, see ``kernels.selective_scan_2d``.
         options: Of the scans.
     """
@@ -91,10 +98,12 @@ class SS2D(GatedMap):
         init: Init = "official",
         norm_eps: float = 1e-5,
         act: Act = "gelu",
+        gate: bool = True,
+        conv_bias: bool = True,
         backend: Backend = "auto",
         options: ScanOptions = NO_OPTIONS,
     ) -> None:
-        super().__init__(dim, expand=expand, act=act)
+        super().__init__(dim, expand=expand, act=act, gate=gate, conv_bias=conv_bias)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         scans, states = len(DIRECTIONS), state_size + sum(options.polar)
         self.split = (rank, states, states)
@@ -126,14 +135,15 @@ class SS2D(GatedMap):
         projected = to_pixels(projected).unflatten(-1, (len(directions), sum(self.split)))
         delta, B, C = projected.split(self.split, dim=-1)  # (B, H, W, K, R | N | N)
         kept = B.shape[-1] - zeros
-        weight, bias = self.scan.dt_weight[own], self.scan.dt_bias[own]
+        A, D, bias = (constant[own] for constant in self.scan.exact(x))
+        weight = self.scan.dt_weight[own]
         y: Tensor = selective_scan_2d(  # pyright: ignore[reportAssignmentType]
             x,
             delta,
-            self.scan.A[own],
+            A,
             B[..., :kept],
             C[..., :kept],
-            self.scan.D[own],
+            D,
             directions=directions,
             delta_weight=weight,
             delta_bias=bias,

@@ -14,7 +14,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from kernels.testing import assert_close
-from vision_ssm.classify.model import MEAN, STD, Classifier
+from vision_ssm.classify.config import ClassifyDataConfig, Statistics
+from vision_ssm.classify.model import Classifier, normalized
 from vision_ssm.cli import main
 from vision_ssm.distill import student as students
 from vision_ssm.distill.config import DistillConfig, StudentConfig, StudentName, TeacherConfig
@@ -32,6 +33,7 @@ from vision_ssm.distill.teacher import attention_matrix, load_teacher, tapped
 from vision_ssm.distill.train import FOLDERS, StageTask, run_distill
 from vision_ssm.errors import UserError
 
+IMAGENET = ["--data.statistics", "imagenet"]
 STEPS = 60
 """Of a student, all stages together."""
 
@@ -171,17 +173,18 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return dict(Classifier.load(folder, device="cpu").network.state_dict())
 
 
-def test_timms_normalisation_is_folded_into_the_patches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("statistics", ["plain", "imagenet"])
+def test_timms_normalisation_is_folded_into_the_patches(tmp_path: Path, statistics: Statistics) -> None:
     torch.manual_seed(0)
     network = timm.create_model(TEACHER.name, num_classes=3, **TEACHER.options).eval()
     for name in ("mean", "std"):
         network.pretrained_cfg[name] = (0.3, 0.4, 0.6)
     torch.save(network.state_dict(), tmp_path / "vit.pt")
     config = TeacherConfig(weights=str(tmp_path / "vit.pt"), name=TEACHER.name, options=TEACHER.options)
-    mine = load_teacher(config, ["a", "b", "c"], 8).network
+    mine = load_teacher(config, ["a", "b", "c"], ClassifyDataConfig(side=8, statistics=statistics)).network
     mean, std = (torch.tensor(mine.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))  # pyright: ignore
     images = torch.rand(2, 3, 8, 8)
-    assert_close("logits", mine((images - MEAN) / STD), network((images - mean) / std), 1e-5)
+    assert_close("logits", mine(normalized(images, statistics)), network((images - mean) / std), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,7 @@ def test_timms_normalisation_is_folded_into_the_patches(tmp_path: Path) -> None:
         (["--data.train", "DATA", "--teacher.name", "resnet10t", "--teacher.weights", "X"], "X"),
         (["--data.train", "DATA", "--teacher.name", "vit_tny"], "vit_tiny"),
         (["--data.train", "DATA", "--teacher.weights", "TEACHER"], "data.side"),
+        (["--data.train", "DATA", "--teacher.weights", "TEACHER", "--data.side", "8", *IMAGENET], "plain"),
         (["--data.train", "DATA", "--student.mixer", "lstm"], "nc_ssd"),
         (["--shares", "[1,1,1]"], "add up to 1"),
         (["--train.epochs", "3", "--train.steps", "null"], "train.steps"),

@@ -5,11 +5,13 @@ import json
 from typing import get_args
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+import detection.backbone  # noqa: F401  (timm knows the backbone by it)
 from detection.model import MambaYOLO
 from generation.dim import DiM
 from generation.pipelines import VideoDiMPipeline
@@ -385,6 +387,14 @@ def test_a_detector_with_another_mixer_detects():
     kinds = [[type(block.ss2d[0]).__name__ for block in stage] for stage in model.backbone.stages]
     assert kinds == [["SSD2D"], ["SSD2D"], ["SSD2D", "SSD2D", "Attention2D"], ["SSD2D"]]
     assert [tuple(y.shape) for y in model(torch.rand(1, 3, 64, 64))] == [(1, 67, 8, 8), (1, 67, 4, 4), (1, 67, 2, 2)]
+
+
+def test_a_backbone_with_another_mixer_starts_such_a_detector():
+    backbone = timm.create_model("mamba_yolo_t", num_classes=2, mixer="gated_conv", stage_repeats=(1, 1, 1, 1))
+    detector = MambaYOLO("t", 3, mixer="gated_conv", stage_repeats=(1, 1, 1, 1))
+    shared = {name: tensor for name, tensor in backbone.state_dict().items() if name.startswith("backbone.")}
+    assert not detector.load_state_dict(shared, strict=False).unexpected_keys
+    assert shared.keys() == {name for name in detector.state_dict() if name.startswith("backbone.")}
 
 
 def test_a_dim_without_positions_learns_the_order_from_its_scan():

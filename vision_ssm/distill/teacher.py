@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vision_ssm.checkpoint import load_checkpoint, load_matching
-from vision_ssm.classify.config import NetworkConfig
-from vision_ssm.classify.model import MEAN, STD, build_network, classifier_from, find_weights
+from vision_ssm.classify.config import ClassifyDataConfig, NetworkConfig, Statistics
+from vision_ssm.classify.model import STATISTICS, build_network, classifier_from, find_weights
 from vision_ssm.config import near_match
 from vision_ssm.distill.config import TeacherConfig
 from vision_ssm.distill.student import check_attention
@@ -34,29 +34,29 @@ class Tapped(NamedTuple):
     outputs: list[Tensor]
 
 
-def load_teacher(config: TeacherConfig, classes: Sequence[str], side: int) -> Teacher:
-    """The teacher in eval mode, frozen, on the CPU; it takes pictures normalised as `vision_ssm.classify` does.
+def load_teacher(config: TeacherConfig, classes: Sequence[str], data: ClassifyDataConfig) -> Teacher:
+    """The teacher in eval mode, frozen, on the CPU; it takes pictures normalised as `data` says.
 
     Args:
         config: where it is.
         classes: of the data, in order.
-        side: of the pictures.
+        data: side and statistics of the pictures.
 
     Raises:
         UserError: nothing there, no plain vision transformer, other classes or another size of pictures.
     """
     if config.name:
-        network = _of_timm(config, len(classes))
+        network = _of_timm(config, len(classes), data.statistics)
         built = NetworkConfig(config.name, config.options)
     elif config.weights:
-        network, built = _of_checkpoint(config.weights, classes, side)
+        network, built = _of_checkpoint(config.weights, classes, data)
     else:
         raise UserError("no teacher: give a folder of `vssm classify train` as --teacher.weights, or --teacher.name")
     check_attention(network)
     return Teacher(cast(VisionTransformer, network.requires_grad_(False).eval()), built)
 
 
-def _of_checkpoint(place: str, classes: Sequence[str], side: int) -> tuple[nn.Module, NetworkConfig]:
+def _of_checkpoint(place: str, classes: Sequence[str], data: ClassifyDataConfig) -> tuple[nn.Module, NetworkConfig]:
     found = find_weights(place)
     weights, config = load_checkpoint(found)
     network = classifier_from(weights, config, found)
@@ -65,12 +65,14 @@ def _of_checkpoint(place: str, classes: Sequence[str], side: int) -> tuple[nn.Mo
             f"the teacher {place} tells {', '.join(config['classes'])} apart, the data has {', '.join(classes)}: give "
             "data with the same classes"
         )
-    if config["side"] != side:
+    if config["side"] != data.side:
         raise UserError(f"the teacher {place} sees squares of {config['side']} pixels: set data.side to that")
+    if (statistics := config.get("statistics", "plain")) != data.statistics:
+        raise UserError(f"the teacher {place} expects pixels normalised otherwise: set data.statistics to {statistics}")
     return network, NetworkConfig(**config["network"])
 
 
-def _of_timm(config: TeacherConfig, classes: int) -> nn.Module:
+def _of_timm(config: TeacherConfig, classes: int, statistics: Statistics) -> nn.Module:
     if not timm.is_model(config.name):
         raise UserError(f"timm has no network {config.name!r}{near_match(config.name, timm.list_models())}")
     if config.weights:
@@ -91,20 +93,21 @@ def _of_timm(config: TeacherConfig, classes: int) -> nn.Module:
                 "first (`vssm classify train --weights`), and that run as --teacher.weights"
             )
     check_attention(network)
-    _fold_normalisation(cast(VisionTransformer, network))
+    _fold_normalisation(cast(VisionTransformer, network), statistics)
     return network
 
 
 @torch.no_grad()
-def _fold_normalisation(network: VisionTransformer) -> None:
-    """Let a network of timm take pictures that are normalised as ours: its patch embedding undoes the difference."""
+def _fold_normalisation(network: VisionTransformer, statistics: Statistics) -> None:
+    """Let a network of timm take pictures that are normalised otherwise: its patch embedding undoes the difference."""
     mean, std = (torch.tensor(network.pretrained_cfg[key]) for key in ("mean", "std"))  # pyright: ignore
+    given_mean, given_std = (torch.tensor(values) for values in STATISTICS[statistics])
     patches = getattr(network.patch_embed, "proj", None)
     if not isinstance(patches, nn.Conv2d) or patches.bias is None:
         raise UserError("distillation takes vision transformers whose patches are one convolution with a bias")
-    offset = (MEAN - mean) / std
+    offset = (given_mean - mean) / std
     patches.bias += (patches.weight * offset[:, None, None]).sum((1, 2, 3))
-    patches.weight *= (STD / std)[:, None, None]
+    patches.weight *= (given_std / std)[:, None, None]
 
 
 def tapped(network: VisionTransformer, images: Tensor) -> Tapped:

@@ -73,7 +73,7 @@ class StageTask(ClassifyTask):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The distance of the stage; of the end, the cross entropy to the teacher's probabilities."""
-        images = normalized(batch[0])
+        images = normalized(batch[0], self.settings.data.statistics)
         with torch.no_grad():
             shown = tapped(self.teacher.network.to(images.device), images)
         if self.stage == 3:
@@ -102,7 +102,9 @@ class StageTask(ClassifyTask):
         squares = torch.from_numpy(self.val_squares[:_MEASURED]).permute(0, 3, 1, 2)
         sums: dict[str, list[Tensor]] = {}
         for images in squares.split(32):
-            shown = tapped(self.teacher.network.to(device), normalized(images.to(device)))
+            shown = tapped(
+                self.teacher.network.to(device), normalized(images.to(device), self.settings.data.statistics)
+            )
             for i, (old, new, x, y) in enumerate(
                 zip(_mixers(self.teacher.network), _mixers(model), *shown[1:], strict=True)
             ):
@@ -146,7 +148,7 @@ def run_distill(config: DistillConfig, *, resume: Path | None = None) -> Path:
     if not config.data.train:
         raise UserError("no pictures: give their folder as --data.train (a folder per class, or idx files)")
     classes = find_labelled(config.data.train, "train").classes
-    teacher = load_teacher(config.teacher, classes, config.data.side)
+    teacher = load_teacher(config.teacher, classes, config.data)
     if resume is None:
         folder = new_run_dir(config.train.run_dir)
         write_text(folder / _SETTINGS, json.dumps(to_dict(config), indent=2) + "\n")
