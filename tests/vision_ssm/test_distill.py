@@ -14,9 +14,10 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from kernels.testing import assert_close
-from vision_ssm.classify.config import ClassifyDataConfig, Statistics
+from vision_ssm.classify.config import ClassifyConfig, ClassifyDataConfig, Statistics
 from vision_ssm.classify.model import Classifier, normalized
 from vision_ssm.cli import main
+from vision_ssm.config import load_config
 from vision_ssm.distill import student as students
 from vision_ssm.distill.config import DistillConfig, StudentConfig, StudentName, TeacherConfig
 from vision_ssm.distill.digits import (
@@ -209,6 +210,14 @@ def test_mistakes_have_one_clear_message(
     places = {"DATA": str(taught[0]), "TEACHER": str(taught[1])}
     assert main(["distill", "train", *(places.get(word, word) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_shipped_recipe_fits_its_teacher() -> None:
+    config = load_config(DistillConfig, "distill/eurosat", {})
+    teacher = load_config(ClassifyConfig, "distill/eurosat_teacher", {})
+    assert config.teacher.weights == f"{teacher.train.run_dir}/best"
+    assert config.data == teacher.data
+    students.check_attention(timm.create_model(teacher.network.name, **teacher.network.options))
 
 
 def test_networks_that_cannot_be_taught_from() -> None:
