@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -99,7 +100,8 @@ class StageTask(ClassifyTask):
         Returns:
             matrix and hidden, the means over the layers, and of each layer matrix/0, hidden/0 and so on.
         """
-        squares = torch.from_numpy(self.val_squares[:_MEASURED]).permute(0, 3, 1, 2)
+        spread = self.val_squares[:: max(1, len(self.val_squares) // _MEASURED)][:_MEASURED]  # of all classes
+        squares = torch.from_numpy(np.ascontiguousarray(spread)).permute(0, 3, 1, 2)
         sums: dict[str, list[Tensor]] = {}
         for images in squares.split(32):
             shown = tapped(
