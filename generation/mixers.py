@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels import causal_conv1d, selective_scan, ssd
 from vision_ssm.errors import UserError
 from vision_ssm.mamba import DirectionalScan
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.scan_parameters import DT_FLOOR, DT_MAX, DT_MIN
 
 # Shapes: ... batch axes, L the axis that is read, C model width, D = 2 C inner channels, E heads, P = D / E channels
@@ -129,7 +130,7 @@ class SSDDirection(nn.Module, Direction):
         return y.flatten(-2), ScanState(conv, scan)
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(MixingMatrix, nn.Module, ABC):
     """Input projection, a scan in one or two directions, output projection.
 
     The outputs of two directions are averaged: their plain sum doubles the activations, which is where published

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels import selective_scan_2d
 from kernels.selective_scan.op import Backend
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.scan_parameters import Init, ScanParameters
 
 # Shapes: B batch, H/W height and width, C model width, D = expand * C inner channels,
@@ -15,7 +16,7 @@ from vision_ssm.scan_parameters import Init, ScanParameters
 DIRECTIONS = ("rows", "columns", "rows_reversed", "columns_reversed")
 
 
-class SS2D(nn.Module):
+class SS2D(MixingMatrix, nn.Module):
     """Gated four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
 
     Deviations from the released modules, none of which changes a value: the input projection is kept as its two halves
