@@ -353,6 +353,7 @@ class Mixing:
         directions: K, each with its matrices.
         output: as the operator gave it.
         positions: brings a tensor of the output's shape, or what one direction has of it, to (S, L, D).
+        lead: the output's shape for one direction with 1 channel.
         gate: (S, L, D), or None.
         grid: height and width where the positions are those of a map.
         separate: whether `output` has an axis 3 for the directions instead of their sum.
@@ -361,6 +362,7 @@ class Mixing:
     directions: tuple[Direction, ...]
     output: Tensor
     positions: Callable[[Tensor], Tensor]
+    lead: tuple[int, ...]
     gate: Tensor | None = None
     grid: tuple[int, int] | None = None
     separate: bool = False
@@ -368,6 +370,11 @@ class Mixing:
     def output_of(self, k: int, t: Tensor) -> Tensor:
         """What a tensor shaped as `output` (a gradient, say) holds for direction k, (S, L, D)."""
         return self.positions(t[:, :, :, k] if self.separate else t)
+
+    def index(self) -> Tensor:
+        """(S, L): where each position of each sequence stands among all of the output, row after row."""
+        count = math.prod(self.lead)
+        return self.positions(torch.arange(count, device=self.output.device).view(self.lead))[..., 0]
 
 
 def mixing_of(call: Call) -> Mixing:
@@ -416,6 +423,7 @@ def _s6(output, x, delta, A, Bm, C, D, delta_weight, delta_bias, z, _, *, orders
         tuple(direction(k, order) for k, order in enumerate(orders)),
         output,
         lambda t: _canonical(t, orders[0]),
+        (*x.shape[:3], 1),
         gate=None if z is None else F.silu(_canonical(z, orders[0]).to(acc)),
         grid=None if orders[0] >= LINES else tuple(x.shape[1:3]),
         separate=not merge,
@@ -439,6 +447,7 @@ def _ssd(output, x, dt, A, Bm, C, D, dt_bias, _, *, orders, softplus, merge=True
         tuple(direction(k, order) for k, order in enumerate(orders)),
         output,
         lambda t: _canonical(t, orders[0]).flatten(-2),
+        (*x.shape[:3], 1, 1),
         grid=None if orders[0] >= LINES else tuple(x.shape[1:3]),
         separate=not merge,
     )
@@ -453,7 +462,7 @@ def _ssd_noncausal(output, x, dt, A, B, C, D=None, *, dt_bias=None, softplus=Fal
         B=B.flatten(1, -3).to(acc), C=C.flatten(1, -3).to(acc), D=D,
     )  # fmt: skip
     grid = tuple(x.shape[1:3]) if x.ndim == 5 else None
-    return Mixing((direction,), output, lambda t: t.flatten(1, -3).flatten(-2), grid=grid)
+    return Mixing((direction,), output, lambda t: t.flatten(1, -3).flatten(-2), (*x.shape[:-2], 1, 1), grid=grid)
 
 
 def _s4d(output, u, log_dt, log_A_real, A_imag, C, D=None, *, reverse=False, dim=1, **_) -> Mixing:
@@ -465,7 +474,7 @@ def _s4d(output, u, log_dt, log_A_real, A_imag, C, D=None, *, reverse=False, dim
         value=positions(u).to(log_dt.dtype), heads=u.shape[-1], parameters=(log_dt, log_A_real, A_imag, C), D=D,
         reverse=reverse,
     )  # fmt: skip
-    return Mixing((direction,), output, positions)
+    return Mixing((direction,), output, positions, (*u.shape[:-1], 1))
 
 
 def _attention(output, q, k, v, mask=None, *, scale=None) -> Mixing:
@@ -480,7 +489,7 @@ def _attention(output, q, k, v, mask=None, *, scale=None) -> Mixing:
     if mask is not None and mask.ndim > 3:
         mask = sequences(mask.expand(*q.shape[:-3], *mask.shape[-3:]))
     direction = Attention(value=positions(v), heads=v.shape[-3], q=sequences(q), k=sequences(k), mask=mask, scale=scale)
-    return Mixing((direction,), output, positions)
+    return Mixing((direction,), output, positions, (*q.shape[:-3], 1, q.shape[-2], 1))
 
 
 _MAKERS: dict[str, Callable[..., Mixing]] = {

@@ -27,6 +27,7 @@ TASKS = {
     "restore": ("restoration.commands", "make pictures better: denoise, deblur, enlarge, fill in; train, score"),
     "generate": ("generation.commands", "make pictures and videos: train, sample, score"),
     "classify": ("vision_ssm.classify.commands", "name what a picture shows: train, score, predict"),
+    "explain": ("vision_ssm.explain.commands", "see what a network looks at: heat maps and their test"),
     "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
 }
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}
