@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_ssm.classify.model import Classifier, normalized
@@ -26,15 +27,19 @@ READING = (
 )
 
 
-def place_of_class_token(network: nn.Module, length: int) -> int | None:
-    """Where a network's class token stands in sequences of that length; None where it has none.
+def class_token(recording: Recording, target: Tensor, batch: int) -> int | None:
+    """Where the class token stands in the sequences of the last layer: the only position that the target reads there.
 
-    A network says so by the attribute `class_token_position(length)`; else a `cls_token` stands in the middle, if the
-    number of its prefix tokens is 0 (Vision Mamba), or at the front (as in timm's transformers).
+    None where the target reads several (a mean over all places), or where the last layer reads a map.
     """
-    if getattr(network, "cls_token", None) is None:
-        return None
-    return 0 if getattr(network, "num_prefix_tokens", 0) else length // 2
+    layer = recording.layers[-1]
+    reached = torch.zeros(layer.places, dtype=torch.bool)
+    for mixing in layer.mixings:
+        (gradient,) = torch.autograd.grad(target.sum(), mixing.output, retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            reached[mixing.index().cpu().flatten()] |= mixing.output_of(0, gradient).ne(0).any(-1).cpu().flatten()
+    places = reached.view(batch, -1).any(0).nonzero().flatten().tolist()
+    return places[0] if layer.grid is None and len(places) == 1 else None
 
 
 def heats_of(
@@ -54,30 +59,21 @@ def heats_of(
     with torch.enable_grad(), record(network) as recording:
         logits = network(batch.detach().requires_grad_())
     chosen = logits.argmax(1) if labels is None else torch.tensor(labels, device=logits.device)
-    recording = recording.select(layer)
-    count, size = len(batch), batch.shape[-2:]
+    target = logits.gather(1, chosen[:, None])[:, 0]
+    place = class_token(recording, target, len(batch))
+
+    def tokens_of(layer: Layer) -> int:
+        return layer.places // len(batch)
 
     def query(at: Layer) -> list[int] | None:
-        length = at.places // count
-        place = None if at.grid else place_of_class_token(network, length)
-        return None if place is None else [place]
+        return None if place is None or at.grid else [place]
 
     found = make_maps(
-        recording, method, target=logits.gather(1, chosen[:, None])[:, 0], query=query, batch=count,
-        per_direction=per_direction,
-    )  # fmt: skip
-    tokens = _patches(network, recording, count)
-    return [(title, combine(heats, size, tokens=tokens)) for title, heats in found], logits.detach()
-
-
-def _patches(network: nn.Module, recording: Recording, batch: int) -> list[int] | None:
-    """Positions of sequences without the class token."""
-    lengths = {layer.places // batch for layer in recording.layers if layer.grid is None}
-    if len(lengths) != 1:
-        return None
-    length = lengths.pop()
-    place = place_of_class_token(network, length)
-    return None if place is None else [i for i in range(length) if i != place]
+        recording.select(layer), method, target=target, query=query, batch=len(batch), per_direction=per_direction
+    )
+    last = tokens_of(recording.layers[-1])
+    tokens = None if place is None else [i for i in range(last) if i != place]
+    return [(title, combine(heats, batch.shape[-2:], tokens=tokens)) for title, heats in found], logits.detach()
 
 
 def run_explain(
@@ -120,6 +116,7 @@ def run_perturb(
     output: Path | None = None,
     layer: str = "all",
     methods: Sequence[Method] = ("raw", "rollout", "attribution"),
+    cells: int = 8,
     count: int = 200,
     batch_size: int = 20,
     seed: int = 0,
@@ -130,10 +127,12 @@ def run_perturb(
     Raises:
         UserError: no such weights or pictures, or a number below 1.
     """
-    for name, value in (("count", count), ("batch_size", batch_size)):
+    for name, value in (("cells", cells), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
     classifier = Classifier.load(weights, device=device)
+    if cells > classifier.side:
+        raise UserError(f"cells must be at most the pictures' {classifier.side} pixels, got {cells}")
     pictures = find_labelled(data, "val", classifier.classes)
     drawn = np.random.default_rng(seed).permutation(len(pictures))[:count]
     squares = read_squares(pictures, classifier.side)[drawn]
@@ -142,10 +141,11 @@ def run_perturb(
     for method in methods:
         parts = [heats_of(classifier.network, part, method, layer=layer)[0][0][1] for part in images.split(batch_size)]
         test = perturbation_test(
-            classifier.network, images, labels, torch.cat(parts), blank=images.mean((0, 2, 3), keepdim=True), seed=seed
-        )
+            classifier.network, images, labels, F.adaptive_avg_pool2d(torch.cat(parts), cells),
+            blank=images.mean((0, 2, 3), keepdim=True), seed=seed,
+        )  # fmt: skip
         results[method] = test.auc()
-    print(f"{len(images)} pictures; mean accuracy in % with 10 to 90 % of the pixels blanked by relevance")
+    print(f"{len(images)} pictures; mean accuracy in % with 10 to 90 % of the {cells} x {cells} cells blanked")
     print(f"{'':14}{'most first':>12}{'at random':>12}{'least first':>12}")
     for method, auc in results.items():
         print(f"{method:14}{auc['positive']:12.1f}{auc['random']:12.1f}{auc['negative']:12.1f}")

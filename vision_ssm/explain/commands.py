@@ -154,6 +154,7 @@ def perturb(
     output: Path | None = None,
     layer: str = "all",
     method: list[Method] = ["raw", "rollout", "attribution"],  # noqa: B006 (a default for the command line, never changed)
+    cells: int = 8,
     count: int = 200,
     batch_size: int = 20,
     seed: int = 0,
@@ -167,6 +168,7 @@ def perturb(
         output: JSON file for the numbers.
         layer: Layers to use: all, the beginning of a name, or a pattern such as 'blocks.1*'.
         method: Maps to test: raw, rollout, attribution.
+        cells: Cells along a side of the picture that are blanked, each as a whole.
         count: Pictures, drawn at random.
         batch_size: Pictures that go through the network together.
         seed: Of the drawing and of the random orders.
@@ -175,8 +177,8 @@ def perturb(
     from vision_ssm.explain.classifier import run_perturb
 
     return run_perturb(
-        weights, data, output=output, layer=layer, methods=method, count=count, batch_size=batch_size, seed=seed,
-        device=device,
+        weights, data, output=output, layer=layer, methods=method, cells=cells, count=count, batch_size=batch_size,
+        seed=seed, device=device,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from vision_ssm.errors import UserError
 from vision_ssm.explain.record import Layer, Recording
 
 Method = Literal["raw", "rollout", "attribution"]
-Query = Callable[[Layer], Sequence[int]] | None
+Query = Callable[[Layer], Sequence[int] | None] | None
 """Positions (of a sample, 0 .. T - 1) whose view is asked for, in a given layer; None for the mean over all."""
 MOST_ROWS = 4096
 """Positions of a layer up to which the mean over all rows of its matrix is made: its cost is quadratic."""
@@ -116,7 +116,8 @@ def rollout(recording: Recording, *, query: Query = None, batch: int = 1, direct
 
     def start(layer: Layer) -> Tensor:
         relevance = torch.zeros(batch, layer.places // batch, dtype=torch.float64)
-        relevance[:, slice(None) if query is None else list(query(layer))] = 1
+        asked = None if query is None else query(layer)
+        relevance[:, slice(None) if asked is None else list(asked)] = 1
         return relevance.flatten()
 
     return [
@@ -279,8 +280,9 @@ def make_maps(
     def heats(direction: int | None = None) -> list[Heat]:
         if method == "attribution":
             return attribution(recording, target, batch=batch, direction=direction)
-        function = hidden_attention if method == "raw" else rollout
-        return function(recording, query=query, batch=batch, direction=direction)
+        if method == "rollout":
+            return rollout(recording, query=query, batch=batch, direction=direction)
+        return _merged(hidden_attention(recording, query=query, batch=batch, direction=direction))
 
     whole = heats()
     maps = [(f"{method}, all layers", whole)]
@@ -295,6 +297,16 @@ def make_maps(
             )
         maps += [(f"{method}, direction {k}{_name(recording, k)}", heats(k)) for k in range(counts.pop())]
     return maps
+
+
+def _merged(heats: list[Heat]) -> list[Heat]:
+    """One heat for every run of layers of one resolution: their mean."""
+    merged = []
+    for (grid, _), group in groupby(heats, key=lambda heat: (heat.grid, heat.values.shape[1])):
+        run = list(group)
+        names = tuple(name for heat in run for name in heat.layers)
+        merged.append(Heat(names, torch.stack([heat.values for heat in run]).mean(0), grid))
+    return merged
 
 
 def _span(heat: Heat) -> str:
