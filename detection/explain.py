@@ -10,11 +10,13 @@ from detection.head import decode, flatten_maps
 from detection.letterbox import letterbox
 from detection.postprocess import postprocess
 from detection.predict import Detector
+from detection.predict_options import PredictOptions
 from vision_ssm.data.images import read_image
 from vision_ssm.errors import UserError
-from vision_ssm.explain.maps import Heat, Method, combine, make_maps
+from vision_ssm.explain import Method
+from vision_ssm.explain.maps import Heat, combine, make_maps
 from vision_ssm.explain.page import Panel, write_page
-from vision_ssm.explain.record import Layer, record
+from vision_ssm.explain.recording import Layer, record
 
 READING = (
     "The box in question is cyan; bright places count most. Attribution: how much each place added to the class score "
@@ -44,6 +46,7 @@ def run_explain(
     Raises:
         UserError: no such weights, picture, box, class or layer.
     """
+    PredictOptions(conf=conf, image_size=image_size)  # refuses what is out of range
     detector = Detector.from_pretrained(weights, device=device)
     image = read_image(picture)
     boxed, geometry = letterbox(image, image_size or detector.image_size)

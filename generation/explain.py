@@ -14,9 +14,10 @@ from generation.sample import class_numbers
 from generation.sampling import denoise, set_steps
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
-from vision_ssm.explain.maps import Heat, Method, combine, make_maps
+from vision_ssm.explain import Method
+from vision_ssm.explain.maps import Heat, combine, make_maps
 from vision_ssm.explain.page import Panel, point_of, write_page
-from vision_ssm.explain.record import Layer, Recording, record
+from vision_ssm.explain.recording import Layer, Recording, record
 
 READING = (
     "The patch in question is circled; bright places count most. Attribution: how much each place changed what the "
@@ -52,6 +53,8 @@ def run_explain(
     pipeline.to(choose_device(device))
     video, model = isinstance(pipeline, VideoDiMPipeline), pipeline.transformer
     height, width = pipeline.latent_size(None, None)
+    if frames is not None and (not video or frames < 1):
+        raise UserError(f"--frames is for videos and at least 1, got {frames}" + ("" if video else " for pictures"))
     length = (frames or model.config["sample_frames"]) if video else 1
     if not 0 <= frame < length:
         raise UserError(f"frame must be 0 to {length - 1}, got {frame}")

@@ -141,8 +141,9 @@ def _defaults(steps: Tensor, rank: Tensor | None, at: Tensor | None) -> tuple[Te
 
 
 def _passed(steps: Tensor, rank: Tensor, at: Tensor) -> Tensor:
-    """c_i - c_j, (S, E, Q, L): a difference of two large sums, so it is formed in float64."""
-    time = steps.double()[:, rank.argsort()].cumsum(1)[:, rank]
+    """c_i - c_j, (S, E, Q, L): a difference of two large sums, so it is formed in float64 (which Apple's GPUs lack)."""
+    exact = steps if steps.device.type == "mps" else steps.double()
+    time = exact[:, rank.argsort()].cumsum(1)[:, rank]
     return (_column(time[:, at]) - _row(time)).to(steps.dtype)
 
 

@@ -10,9 +10,10 @@ from restoration.restorer import PictureRestorer
 from restoration.unet import pad_to_multiple
 from vision_ssm.data.images import read_image
 from vision_ssm.errors import UserError
-from vision_ssm.explain.maps import Method, combine, make_maps
+from vision_ssm.explain import Method
+from vision_ssm.explain.maps import combine, make_maps
 from vision_ssm.explain.page import Panel, point_of, write_page
-from vision_ssm.explain.record import Layer, record
+from vision_ssm.explain.recording import Layer, record
 
 READING = (
     "The pixel in question is circled; bright pixels count most. Raw: the row of each stage's mixing matrix at this "
@@ -40,6 +41,8 @@ def run_explain(
     Raises:
         UserError: no such weights, picture, pixel or layer, or weights that need a mask.
     """
+    if window < 1:
+        raise UserError(f"window must be 1 pixel or more, got {window}")
     restorer = PictureRestorer.from_pretrained(weights, None, device=device)
     if restorer.needs_mask:
         raise UserError(f"the weights {weights} fill in what a mask leaves out, which is not explained; take others")

@@ -14,7 +14,7 @@ from tests.generation.small_models import small_dim
 from tests.restoration.tiny_weights import save_tiny
 from vision_ssm.classify.model import Classifier
 from vision_ssm.cli import main
-from vision_ssm.explain.record import record
+from vision_ssm.explain.recording import record
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.viz import save_picture
 

@@ -1,13 +1,16 @@
 """A small classifier of scikit-learn's digits (8 x 8 pixels), trained in seconds, whose mixing is scans alone."""
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from vision_ssm.explain import Method
 from vision_ssm.explain.maps import combine, make_maps
 from vision_ssm.explain.perturb import Perturbation, perturbation_test
-from vision_ssm.explain.record import record
+from vision_ssm.explain.recording import record
 from vision_ssm.mamba import BidirectionalMamba
 
 
@@ -61,12 +64,12 @@ def trained(*, steps: int = 200, seed: int = 0) -> DigitsNet:
     return net.eval()
 
 
-def perturbed(net: DigitsNet, method: str) -> Perturbation:
+def perturbed(net: DigitsNet, method: Method) -> Perturbation:
     """The perturbation test of a map on the pictures that were not trained on."""
     images, labels = (t[1200:] for t in digits())
     with record(net) as recording:
         logits = net(images)
-    maps = make_maps(recording, method, target=logits.max(1).values, query=lambda _: [8], batch=len(images))  # pyright: ignore[reportArgumentType]
+    maps = make_maps(recording, method, target=logits.max(1).values, query=lambda _: [8], batch=len(images))
     return perturbation_test(net, images, labels, combine(maps[0][1], (4, 4), grid=(4, 4), tokens=PATCHES))
 
 
@@ -74,7 +77,7 @@ if __name__ == "__main__":  # the table of docs/explain.md
     torch.set_num_threads(1)
     for seed in range(5):
         net = trained(seed=seed)
-        for method in ("raw", "rollout", "attribution"):
+        for method in get_args(Method):
             print(
                 seed, f"{method:12}", *(f"{name} {value:.1f}" for name, value in perturbed(net, method).auc().items())
             )

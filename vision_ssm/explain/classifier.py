@@ -14,10 +14,11 @@ from vision_ssm.classify.train import read_squares
 from vision_ssm.data.images import read_image
 from vision_ssm.data.labelled import find_labelled, to_square
 from vision_ssm.errors import UserError
-from vision_ssm.explain.maps import Method, combine, make_maps
+from vision_ssm.explain import Method
+from vision_ssm.explain.maps import combine, make_maps
 from vision_ssm.explain.page import Panel, write_page
 from vision_ssm.explain.perturb import perturbation_test
-from vision_ssm.explain.record import Layer, Recording, record
+from vision_ssm.explain.recording import Layer, Recording, record
 from vision_ssm.files import write_text
 
 READING = (

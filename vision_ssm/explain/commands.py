@@ -6,9 +6,8 @@ The verbs of a task are carried out by its module `explain`, imported by name wh
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
-Method = Literal["raw", "rollout", "attribution"]
+from vision_ssm.explain import Method
 
 
 def detect(

@@ -12,7 +12,6 @@ Shapes: B batch, T positions of a sample, S sequences, L positions of a sequence
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from kernels.mixing import Direction, Mixing
 from vision_ssm.errors import UserError
-from vision_ssm.explain.record import Layer, Recording
+from vision_ssm.explain import Method
+from vision_ssm.explain.recording import Layer, Recording
 
-Method = Literal["raw", "rollout", "attribution"]
 Query = Callable[[Layer], Sequence[int] | None] | None
 """Positions (of a sample, 0 .. T - 1) whose view is asked for, in a given layer; None for the mean over all."""
 MOST_ROWS = 4096

@@ -66,7 +66,9 @@ def draw(panel: Panel) -> bytes:
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_alpha(1)
     bar._draw_all()  # pyright: ignore[reportAttributeAccessIssue]
-    bar.set_label("relevance (1: largest)" if panel.picture is None else "relevance (1: brightest 0.5 %)", fontsize=8)
+    bar.set_label(
+        "|M| (1: largest off the diagonal)" if panel.picture is None else "relevance (1: brightest 2 %)", fontsize=8
+    )
     bar.ax.tick_params(labelsize=7)
     data = io.BytesIO()
     figure.savefig(data, format="png", bbox_inches="tight")
@@ -74,8 +76,11 @@ def draw(panel: Panel) -> bytes:
 
 
 def _top(panel: Panel) -> float:
-    """What is drawn brightest: one spot, often the query itself, must not darken all others."""
-    top = 0.0 if panel.picture is None else float(np.quantile(panel.heat, 0.995))
+    """What is drawn brightest: one spot, or a diagonal, often the query itself, must not darken all others."""
+    if panel.picture is None:
+        top = float(panel.heat[~np.eye(*panel.heat.shape, dtype=bool)].max(initial=0))
+    else:
+        top = float(np.quantile(panel.heat, 0.98))
     return max(top or float(panel.heat.max()), 1e-30)
 
 
