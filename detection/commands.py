@@ -200,31 +200,35 @@ def bench(
     size: Literal["t", "b", "l"] = "t",
     weights: Path | None = None,
     resolutions: list[int] = [320, 640],  # noqa: B006
-    batch_size: int = 1,
+    batch_size: list[int] = [1],  # noqa: B006
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     threads: int | None = None,
     train: bool = False,
+    modes: list[Literal["eager", "compiled", "graph", "compiled_graph"]] = ["eager"],  # noqa: B006
+    scan: list[Literal["auto", "torch", "c", "triton"]] = ["auto"],  # noqa: B006
     output: Path | None = None,
 ) -> int:
-    """Time, FLOPs and memory over resolutions, beside a convolutional detector.
+    """Time, FLOPs and memory over resolutions, beside a convolutional detector; on a GPU also the scans' share.
 
     Args:
         size: t, b or l, untrained, where no weights are given.
         weights: Checkpoint folder.
         resolutions: Sides of the square pictures.
-        batch_size: Pictures that go through the network together.
+        batch_size: Pictures that go through the network together; several numbers are measured one by one.
         device: auto, cpu or cuda.
         precision: fp32 or bf16.
         threads: Threads of the CPU; by default torch's choice.
         train: Measure training steps instead of inference.
+        modes: eager, compiled (torch.compile), graph (a captured CUDA graph), compiled_graph (both).
+        scan: Back ends of the scan: auto, torch, c or triton.
         output: Folder for bench.json and a plot.
     """
     from detection.bench import run_bench
 
     return run_bench(
         size=size, weights=weights, resolutions=resolutions, batch_size=batch_size, device=device,
-        precision=precision, threads=threads, train=train, output=output,
+        precision=precision, threads=threads, train=train, modes=modes, scan=scan, output=output,
     )  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class DetectConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=_recipe)
     weights: Path | None = None
-    """Start from these weights (a checkpoint folder, .safetensors or foreign .pt): taken by name and shape."""
+    """Start from these weights (a checkpoint folder, also of a mamba_yolo_* classifier, .safetensors or foreign .pt):
+    taken by name and shape."""
     freeze: Literal["none", "backbone", "all_but_head"] = "none"
     """Part of the network that keeps the values it starts with, for fine-tuning on few pictures; needs weights."""
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from detection.blocks import SPPF, ConvNormAct, ODSSBlock, SimpleStem, VisionClueMerge
@@ -42,29 +43,43 @@ class Scale:
 
 SCALES: dict[str, Scale] = {"t": Scale(0.33, 0.25, 1024), "b": Scale(0.33, 0.50, 1024), "l": Scale(0.67, 0.75, 768)}
 STAGE_CHANNELS = (128, 256, 512, 1024)
+STAGE_REPEATS = (3, 3, 9, 3)
 NECK_SCANS = 3
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W) -> maps at strides 8, 16, 32."""
+    """(B, in_channels, H, W) -> maps at strides 8, 16, 32."""
 
-    def __init__(self, widths: Sequence[int], repeats: Sequence[int], *, lsblock: bool, init: Init) -> None:
+    def __init__(
+        self, widths: Sequence[int], repeats: Sequence[int], *, lsblock: bool, init: Init, in_channels: int = 3
+    ) -> None:
         super().__init__()
-        self.stem = SimpleStem(3, widths[0])
+        self.stem = SimpleStem(in_channels, widths[0])
         self.stages = nn.ModuleList(
             nn.Sequential(*(ODSSBlock(width, width, lsblock=lsblock, init=init) for _ in range(repeat)))
             for width, repeat in zip(widths, repeats, strict=True)
         )
         self.merges = nn.ModuleList(VisionClueMerge(a, b) for a, b in pairwise(widths))
         self.sppf = SPPF(widths[-1])
+        self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        c2 = self.stages[0](self.stem(images))
-        c3 = self.stages[1](self.merges[0](c2))
-        c4 = self.stages[2](self.merges[1](c3))
-        c5 = self.stages[3](self.merges[2](c4))
-        return c3, c4, self.sppf(c5)
+        _, c3, c4, c5 = self.maps(images)
+        return c3, c4, c5
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Also the map at stride 4."""
+        c2 = self._stage(0, self.stem(images))
+        c3 = self._stage(1, self.merges[0](c2))
+        c4 = self._stage(2, self.merges[1](c3))
+        c5 = self._stage(3, self.merges[2](c4))
+        return c2, c3, c4, self.sppf(c5)
+
+    def _stage(self, i: int, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(self.stages[i], x)
+        return self.stages[i](x)
 
 
 class Neck(nn.Module):
@@ -115,7 +130,7 @@ class MambaYOLO(nn.Module):
         num_classes: int = 80,
         *,
         lsblock: bool = True,
-        stage_repeats: Sequence[int] = (3, 3, 9, 3),
+        stage_repeats: Sequence[int] = STAGE_REPEATS,
         init: Init = "official",
     ) -> None:
         super().__init__()

@@ -64,6 +64,19 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, {"task": "detect", **config}
 
 
+def starting_weights(path: str | Path) -> dict[str, Tensor]:
+    """Weights that a training may start from: a detector's, or a classifier's for the part that it shares.
+
+    A classifier saw normalised pixels, the detector does not; the batch norm after the first convolution, which goes by
+    the batch in training, takes that out.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    weights, config = load_checkpoint(resolve_weights(path))
+    return weights if config.get("task") == "classify" else load_weights(path)[0]
+
+
 def _list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 

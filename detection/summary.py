@@ -3,20 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from detection.head import STRIDES
 from detection.model import MambaYOLO
 from vision_ssm.errors import UserError
-
-SCAN_OPERATIONS = 9
-"""Operations per step of one state of one channel in one direction, the count that VMamba published."""
-
-COUNTING = (
-    "FLOPs for one image: 2 per multiply-add of convolutions and matrix products, plus the scans: per pixel, direction "
-    f"and channel {SCAN_OPERATIONS} for each state (VMamba's count) and 2 for each rank of the step-size product. "
-    "Norms, activations and additions are left out, as is usual."
-)
+from vision_ssm.flops import COUNTING, count_flops
 
 
 @dataclass(frozen=True)
@@ -54,34 +45,6 @@ class Summary:
         return "\n".join((*lines, COUNTING))
 
 
-def scan_flops(
-    x: torch.Size,
-    delta: torch.Size,
-    A: torch.Size,
-    Bm: torch.Size,
-    C: torch.Size,
-    D: torch.Size | None,
-    delta_weight: torch.Size | None,
-    *_: object,
-    out_shape: object = None,
-) -> int:
-    """FLOPs of one call of the scan operator ``vision_ssm::selective_scan``, from the shapes of its arguments."""
-    directions, state_size = A[0], A[2]
-    rank = 0 if delta_weight is None else delta_weight[-1]
-    return x.numel() * directions * (SCAN_OPERATIONS * state_size + 2 * rank)
-
-
-def count_flops(model: MambaYOLO, height: int, width: int) -> FlopCounterMode:
-    """Run a weightless twin of the model on one image of the given size and return the filled counter."""
-    with torch.device("meta"):
-        twin = MambaYOLO(**model.config).eval()
-        image = torch.empty(1, 3, height, width)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.vision_ssm.selective_scan: scan_flops})
-    with counter, torch.no_grad():
-        twin(image)
-    return counter
-
-
 def summarize(model: MambaYOLO, size: int | tuple[int, int] = 640) -> Summary:
     """Count parameters and FLOPs of a model.
 
@@ -98,7 +61,9 @@ def summarize(model: MambaYOLO, size: int | tuple[int, int] = 640) -> Summary:
     height, width = size if isinstance(size, tuple) else (size, size)
     if min(height, width) < STRIDES[-1]:
         raise UserError(f"size: expected positive multiples of {STRIDES[-1]}, got {height}x{width}")
-    counts = count_flops(model, height, width).get_flop_counts()
+    with torch.device("meta"):
+        twin = MambaYOLO(**model.config)
+    counts = count_flops(twin, height, width).get_flop_counts()
     scan = torch.ops.vision_ssm.selective_scan
     parts = []
     for name in _part_names(model):

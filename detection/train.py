@@ -15,7 +15,7 @@ from detection.evaluate import evaluate
 from detection.formats import DetectionSet, load_detection_set
 from detection.loss import DetectionLoss
 from detection.model import MambaYOLO
-from detection.pretrained import load_weights
+from detection.pretrained import starting_weights
 from vision_ssm.checkpoint import load_matching
 from vision_ssm.config import from_dict, to_dict
 from vision_ssm.errors import UserError
@@ -65,8 +65,7 @@ class DetectionTask(Task):
         """The network, with the weights it starts from (a resumed run has its own) and its frozen part."""
         model = MambaYOLO(**self.config()["model"])
         if self.settings.weights is not None and not self.resumed:
-            weights, _ = load_weights(self.settings.weights)
-            report = load_matching(model, weights)
+            report = load_matching(model, starting_weights(self.settings.weights))
             if is_main_process():
                 print(f"starting from {self.settings.weights}\n{report}")
         for part in FROZEN[self.settings.freeze]:

@@ -188,7 +188,36 @@ def convert(file: Path, output: Path) -> int:
     return run_convert(file, output)
 
 
+def bench(
+    *,
+    studies: list[Literal["tokens", "frames", "temporal"]] = ["tokens", "frames", "temporal"],  # noqa: B006
+    width: int = 384,
+    tokens: list[int] | None = None,
+    frames: list[int] | None = None,
+    repeats: int = 5,
+    device: str = "auto",
+    output: Path = Path("runs/generate-bench"),
+) -> int:
+    """Time and memory of layers of scans beside attention over tokens and frames, and where they cross.
+
+    Args:
+        studies: tokens (a DiM's mixers over a picture), frames (over a video, layouts j and sst), temporal (layers
+            that mix frames place by place; one more frame of a stream).
+        width: Channels of tokens and frames, a multiple of 64.
+        tokens: Numbers of tokens; by default 256 to 65536 on a GPU, to 4096 on a CPU.
+        frames: Numbers of frames; by default 16 to 512, for temporal 4096, on a GPU, to 64 and 256 on a CPU.
+        repeats: Of each measurement.
+        device: auto, cpu or cuda.
+        output: Folder for bench.json, bench.md and bench.png.
+    """
+    from generation.bench import run_bench
+
+    return run_bench(
+        studies=studies, width=width, tokens=tokens, frames=frames, repeats=repeats, device=device, output=output
+    )
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "sample": sample, "train": train, "eval": eval, "reference": reference, "encode": encode, "pack": pack,
-    "convert": convert,
+    "convert": convert, "bench": bench,
 }  # fmt: skip

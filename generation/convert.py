@@ -1,4 +1,4 @@
-"""Published weights -> our parameter names: the video U-Net and its temporal layers, and Vim's bidirectional mixer."""
+"""Published weights -> our parameter names: the video U-Net and its temporal layers."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -58,10 +58,6 @@ LINEARS = {
 }  # fmt: skip
 SCANS = {"glu": "branches.{}.0", "mlp": "scans.{}", "gated": "branches.{}.2", "mamba": "branches.{}.scan"}
 S6_LEAVES = {"A_log": "scan.A_log", "D": "scan.D", "dt_proj.weight": "scan.dt_weight", "dt_proj.bias": "scan.dt_bias"}
-VIM_LEAVES = {
-    "conv1d{}.weight": "conv.weight", "conv1d{}.bias": "conv.bias", "x_proj{}.weight": "x_proj.weight",
-    "dt_proj{}.weight": "scan.dt_weight", "dt_proj{}.bias": "scan.dt_bias", "A{}_log": "scan.A_log", "D{}": "scan.D",
-}  # fmt: skip
 
 
 def convert_layer(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,33 +205,6 @@ def _temporal_config(state_dict: Mapping[str, Tensor], heads: int) -> dict[str, 
         "state_size": size,
         "hidden": width,
     }
-
-
-def vim_mixer(state_dict: Mapping[str, Tensor], *, averaged: bool = True) -> dict[str, Tensor]:
-    """Convert the bidirectional mixer ("v2") of a published Vim.
-
-    Args:
-        state_dict: Names inside the mixer: ``in_proj.weight``, ``conv1d_b.weight``, ``A_b_log``...
-        averaged: Whether the published model halves the sum of the directions (`if_divide_out`). Ours always does;
-            where the published one does not, the output projection is doubled, which is exact.
-
-    Returns:
-        The state dict of a ``vision_ssm.mamba.BidirectionalMamba``.
-
-    Raises:
-        UserError: A parameter is missing.
-    """
-    converted: dict[str, Tensor] = {}
-    try:
-        converted["in_proj.weight"] = state_dict["in_proj.weight"]
-        converted["out_proj.weight"] = state_dict["out_proj.weight"] * (1 if averaged else 2)
-        for module, suffix in (("forwards", ""), ("backwards", "_b")):
-            for published, ours in VIM_LEAVES.items():
-                tensor = state_dict[published.format(suffix)]
-                converted[f"{module}.{ours}"] = tensor.unsqueeze(0) if ours.startswith("scan.") else tensor
-    except KeyError as missing:
-        raise UserError(f"no bidirectional mixer of a published Vim: it has no parameter {missing}") from None
-    return converted
 
 
 def run_convert(file: str | Path, output: str | Path, *, linear_attention: bool = False) -> int:

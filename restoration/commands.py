@@ -174,6 +174,18 @@ def convert(file: Path, output: Path) -> int:
     return run_convert(file, output)
 
 
+def pack(weights: Path, output: Path) -> int:
+    """Write weights in half precision, to pass on: half the size; they are computed with in single precision.
+
+    Args:
+        weights: Checkpoint folder (best or last of a run) or published file.
+        output: Folder to write.
+    """
+    from restoration.pretrained import run_pack
+
+    return run_pack(weights, output)
+
+
 def info(weights: str) -> int:
     """Task, size, multiply-adds, training data and licence of weights.
 
@@ -186,5 +198,6 @@ def info(weights: str) -> int:
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "run": run, "train": train, "eval": eval, "degrade": degrade, "bench": bench, "convert": convert, "info": info,
+    "run": run, "train": train, "eval": eval, "degrade": degrade, "bench": bench, "convert": convert, "pack": pack,
+    "info": info,
 }  # fmt: skip

@@ -100,6 +100,19 @@ def run_convert(file: str | Path, output: str | Path) -> int:
     return 0
 
 
+def run_pack(weights: str | Path, output: str | Path) -> int:
+    """Write a restorer in half precision, without what only its run needs; it is computed with in single precision.
+
+    Raises:
+        UserError: No restorer there, or the folder cannot be written.
+    """
+    model, card = load_model(weights)
+    save_weights(output, model, card, half=True)
+    size = sum(file.stat().st_size for file in Path(output).iterdir())
+    print(f"{output}: task {card.task}, {size / 1e6:.2f} MB")
+    return 0
+
+
 def _published_card(weights: dict[str, Tensor]) -> WeightsCard:
     """A published file says nothing about itself; what can be read off the tensors."""
     config = config_from_state_dict(weights)

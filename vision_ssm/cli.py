@@ -29,9 +29,17 @@ TASKS = {
     "classify": ("vision_ssm.classify.commands", "name what a picture shows: train, score, predict"),
     "explain": ("vision_ssm.explain.commands", "see what a network looks at: heat maps and their test"),
     "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
+    "probe": ("vision_ssm.probe.commands", "measure a mixer: what it remembers, smooths, expresses, learns in context"),
 }
 DIRECT = {"doctor": ("vision_ssm.doctor", "check this machine: versions, GPU, scan back ends")}
-EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "av": "video", "diffusers": "generation"}
+EXTRAS = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    "av": "video",
+    "diffusers": "generation",
+    "sklearn": "test",
+}
 """Import name -> our extra that brings it."""
 
 _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141

@@ -46,15 +46,16 @@ class DirectionalScan(MixingMatrix, nn.Module):
         u = F.conv1d(F.pad(x.transpose(1, 2), padding), kernel, self.conv.bias, groups=self.conv.groups)
         u = F.silu(u).transpose(1, 2).contiguous()
         delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (B, L, R | N | N)
+        A, D, bias = self.scan.exact(u)
         y = selective_scan(
             u,
             delta,
-            self.scan.A[0],
+            A[0],
             B,
             C,
-            self.scan.D[0],
+            D[0],
             delta_weight=self.scan.dt_weight[0],
-            delta_bias=self.scan.dt_bias[0],
+            delta_bias=bias[0],
             softplus=True,
             z=z.to(u.dtype),
             reverse=self.reverse,

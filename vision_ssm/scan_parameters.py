@@ -53,6 +53,11 @@ class ScanParameters(nn.Module):
         else:
             raise ValueError(f'init must be "official" or "vmamba", got {init!r}')
 
+    def exact(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, D and bias of the step sizes for a scan of ``like``: float64 beside such, else float32 in any model."""
+        kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return -self.A_log.to(kind).exp(), self.D.to(kind), self.dt_bias.to(kind)
+
     @property
     def A(self) -> Tensor:  # noqa: N802 (the name of the literature)
         """(K, D, N) negative real decay rates."""

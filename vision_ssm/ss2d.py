@@ -17,7 +17,7 @@ DIRECTIONS = ("rows", "columns", "rows_reversed", "columns_reversed")
 
 
 class SS2D(MixingMatrix, nn.Module):
-    """Gated four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
+    """Four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
 
     Deviations from the released modules, none of which changes a value: the input projection is kept as its two halves
     (so that no half has to be copied out of the other), and one projection gives step size, B and C of all directions.
@@ -33,6 +33,8 @@ class SS2D(MixingMatrix, nn.Module):
         norm_eps: Epsilon of the layer norm after the scan.
         act: Activation of the convolution and of the gate. Mamba-YOLO's released code uses GELU (its figures show
             SiLU), VMamba and MambaIR use SiLU.
+        gate: Multiply by a gate; VMamba's second version has none.
+        conv_bias: Give the depthwise convolution a bias; VMamba's second version has none.
         backend: Back end of the scan, see ``kernels.selective_scan_2d``.
     """
 
@@ -46,6 +48,8 @@ class SS2D(MixingMatrix, nn.Module):
         init: Init = "official",
         norm_eps: float = 1e-5,
         act: Literal["gelu", "silu"] = "gelu",
+        gate: bool = True,
+        conv_bias: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -55,8 +59,10 @@ class SS2D(MixingMatrix, nn.Module):
         self.split = (rank, state_size, state_size)
         self.backend: Backend = backend
         self.in_proj = nn.Conv2d(dim, inner, 1, bias=False)
-        self.gate_proj = nn.Conv2d(dim, inner, 1, bias=False)
-        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.gated = gate
+        if gate:
+            self.gate_proj = nn.Conv2d(dim, inner, 1, bias=False)
+        self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.act = nn.GELU() if act == "gelu" else nn.SiLU()
         self.x_proj = nn.Conv2d(inner, scans * sum(self.split), 1, bias=False)
         self.scan = ScanParameters(scans, inner, state_size=state_size, rank=rank, init=init)
@@ -67,16 +73,17 @@ class SS2D(MixingMatrix, nn.Module):
         """Scan a map in four directions, sum and normalise: (B, H, W, D) -> (B, H, W, D)."""
         projected = _pixels(self.x_proj(_maps(x))).unflatten(-1, (len(DIRECTIONS), sum(self.split)))
         delta, B, C = projected.split(self.split, dim=-1)  # (B, H, W, K, R | N | N)
+        A, D, bias = self.scan.exact(x)
         y = selective_scan_2d(
             x,
             delta,
-            self.scan.A,
+            A,
             B,
             C,
-            self.scan.D,
+            D,
             directions=DIRECTIONS,
             delta_weight=self.scan.dt_weight,
-            delta_bias=self.scan.dt_bias,
+            delta_bias=bias,
             softplus=True,
             backend=self.backend,
         )
@@ -86,8 +93,9 @@ class SS2D(MixingMatrix, nn.Module):
         """See the class."""
         maps = _maps(x)
         y = self.core(_pixels(self.act(self.conv(self.in_proj(maps)))))
-        gate = _pixels(self.act(self.gate_proj(maps)))
-        return _pixels(self.out_proj(_maps(y * gate)))
+        if self.gated:
+            y = y * _pixels(self.act(self.gate_proj(maps)))
+        return _pixels(self.out_proj(_maps(y)))
 
 
 def _maps(x: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ from .gluon_kernels import (
     chunk_bounds,
     direction,
     exp2,
-    load_rows,
-    load_tile,
+    fetch_block,
+    load_block,
+    load_block_rows,
+    load_steps,
     low_rank_product,
-    pixels,
+    pixel_table,
     rows_of,
     scan_chunk_kernel,
     scan_output_kernel,
@@ -72,10 +74,7 @@ def stage_steps(staged, x, raw, p_ok, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def raw_steps(
-    shared, delta, start, stride, way, first, p, p_ok, channel, bias, rank,
-    T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
+def raw_steps(shared, delta_t, bias, channel, rank, T: gl.constexpr, RP: gl.constexpr):
     """Step sizes of a block before softplus [TB, BD]; a low-rank signal stays in low_s [RP, TB] and low_rows_s.
 
     channel: index and validity [BD], and where the constants of the direction begin. The bias is loaded anew for each
@@ -85,14 +84,13 @@ def raw_steps(
     d, d_ok, d_k = channel
     bias = channel_vector(bias, d_k + d, d_ok)
     if RP > 0:
-        TB: gl.constexpr = low_s.shape[1]
-        low = load_rows(delta, start, stride, way, first, 1, rank, TB, RP, W, 1, WIDE).to(gl.float32)
+        low = delta_t.to(gl.float32)
         low_s.permute((1, 0)).store(low)
         low_rows_s.store(low)
         barrier()
         raw = low_rank_product(low_s, weight_s, bias, rank, T)
     else:
-        raw = load_tile(delta, start, p, p_ok, stride, d, d_ok, WIDE).to(gl.float32) + bias[None, :]
+        raw = delta_t.to(gl.float32) + bias[None, :]
     return raw
 
 
@@ -148,17 +146,17 @@ def four_rows(shared, quad, W: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(ptr, start, stride, value, way, first, n_states, W: gl.constexpr, WIDE: gl.constexpr):
-    """Writes sums over channels [4, BN] of four steps."""
+def store_rows(ptr, start, stride, value, pixel_s, four, n_states, WIDE: gl.constexpr):
+    """Writes sums over channels [4, BN] of the chunk's steps from ``4 * four``."""
     L: gl.constexpr = value.type.layout
-    p, ok = pixels(way, first, 1, 4, gl.SliceLayout(1, L))
+    p = rows_of(pixel_s, four, 4).load(gl.SliceLayout(1, L))
     n = gl.arange(0, value.shape[1], gl.SliceLayout(0, L))
-    mask = ok[:, None] & (n < n_states)[None, :]
+    mask = (p >= 0)[:, None] & (n < n_states)[None, :]
     gl.store(ptr + tile_at(start, p, stride, n, WIDE), value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
-def store_low(graw_s, weight_s, ptr, start, stride, way, first, rank, W: gl.constexpr, WIDE: gl.constexpr):
+def store_low(graw_s, weight_s, ptr, start, stride, pixel_s, block, rank, W: gl.constexpr, WIDE: gl.constexpr):
     """Gradient of the low-rank signal of one block: graw [TB, BD] times the weight [RP, BD] transposed."""
     TB: gl.constexpr = graw_s.shape[0]
     BD: gl.constexpr = graw_s.shape[1]
@@ -166,10 +164,10 @@ def store_low(graw_s, weight_s, ptr, start, stride, way, first, rank, W: gl.cons
     L: gl.constexpr = gl.BlockedLayout([max(1, RP // W), 1, TB * BD // 32], [1, TB, 32 // TB], [W, 1, 1], [2, 1, 0])
     graw = gl.expand_dims(graw_s.load(gl.SliceLayout(0, L)), 0)
     low = gl.sum(graw * gl.expand_dims(weight_s.load(gl.SliceLayout(1, L)), 1), axis=2)
-    p, ok = pixels(way, first, 1, TB, gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(0, gl.SliceLayout(2, L)))
     r = gl.arange(0, RP, gl.SliceLayout(1, gl.SliceLayout(2, L)))
     ptrs = ptr + ((start + wide(p, WIDE) * stride)[None, :] + r[:, None])
-    gl.store(ptrs, low.to(ptr.dtype.element_ty), mask=ok[None, :] & (r < rank)[:, None])
+    gl.store(ptrs, low.to(ptr.dtype.element_ty), mask=(p >= 0)[None, :] & (r < rank)[:, None])
 
 
 @gluon.jit
@@ -209,29 +207,28 @@ def shared_memory(
 
 @gluon.jit
 def stage_backward(
-    staged, low_shared, tensors, starts, strides, way, first, channel, n_states, rank,
+    staged, low_shared, tensors, starts, strides, pixel_s, block, bias, channel, n_states, rank,
     T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, WANT: gl.constexpr,
     ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Fills the staged block for the way back. tensors, starts, strides: x, dy, B, C, delta, gate (and the bias)."""
+    """Fills the staged block for the way back. tensors, starts, strides: x, delta, B, C, dy, gate."""
     dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
-    x, dy, bm, cm, delta, gate, bias = tensors
-    d, d_ok = channel[0], channel[1]
     TB: gl.constexpr = b_s.shape[0]
     BN: gl.constexpr = b_s.shape[1]
     # All loads first: the block waits for memory once.
-    p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
-    x_t = load_tile(x, starts[0], p, p_ok, strides[0], d, d_ok, WIDE)
-    dy_t = load_tile(dy, starts[1], p, p_ok, strides[1], d, d_ok, WIDE)
-    b_rows = load_rows(bm, starts[2], strides[2], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-    c_rows = load_rows(cm, starts[3], strides[3], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
-    raw = raw_steps(low_shared, delta, starts[4], strides[4], way, first, p, p_ok, channel, bias, rank, T, W, RP, WIDE)
-    x_s.store(stage_steps((dt_s, v_s), x_t, raw, p_ok, SOFTPLUS))
+    x_t, delta_t, b_rows = load_steps(
+        tensors, starts, strides, pixel_s, block, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
+    )
+    c_rows = load_block_rows(tensors[3], starts[3], strides[3], pixel_s, block, n_states, TB, BN, W, ALIGN_C, WIDE)
+    dy_t = load_block(tensors[4], starts[4], strides[4], pixel_s, block, channel, TB, T, WIDE)
+    raw = raw_steps(low_shared, delta_t, bias, channel, rank, T, RP)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+    x_s.store(stage_steps((dt_s, v_s), x_t, raw, p >= 0, SOFTPLUS))
     b_s.store(b_rows.to(gl.float32))
     c_s.store(c_rows.to(gl.float32))
     dy_t = dy_t.to(gl.float32)
-    if gate is not None:
-        z = load_tile(gate, starts[5], p, p_ok, strides[5], d, d_ok, WIDE).to(gl.float32)
+    if tensors[5] is not None:
+        z = load_block(tensors[5], starts[5], strides[5], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
         s = sigmoid(z)
         if WANT & 256:
             gate_s.store(dy_t * s * (1.0 + z * (1.0 - s)))
@@ -366,6 +363,7 @@ def scan_gradient_kernel(
     staged, scratch, kept, low_shared = shared_memory(BN, BD, TB, RP, KEPT, WANT, S)
     dt_s, v_s, x_s, dy_s, b_s, c_s, gate_s = staged
     c_scratch, b_scratch, x_scratch, dt_scratch, gate_scratch = scratch
+    pixel_s = buffer(8 * (KEPT + 1), 1, gl.int32)
     low_rows_s, weight_s = low_shared[1], low_shared[2]
     d0 = group * group_channels + part * BD
     d = d0 + gl.arange(0, BD, gl.SliceLayout(0, T))
@@ -395,15 +393,27 @@ def scan_gradient_kernel(
         h = gl.zeros([BN, BD], gl.float32, S)
         if start is not None:
             h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
+        tensors = (x, delta, bm, cm, dy, gate)
+        dy_at = b * s_dy[0] + k * s_dy[2]
+        starts = (b * s_x[0], delta_at, b_at, c_at, dy_at, b * s_gate[0])
+        strides = (s_x[1], s_delta[1], s_b[1], s_c[1], s_dy[1], s_gate[1])
+        pixel_table(pixel_s, way, t0, 1, W)
+        # The next block is on its way while one is worked on. On the way back there are no registers for that, but
+        # the cache then has everything.
+        x_t, delta_t, b_rows = load_steps(
+            tensors, starts, strides, pixel_s, 0, channel, n_states, rank, TB, BN, T, W, RP, ALIGN_B, WIDE
+        )
         for block in range(0, last + 1):
-            first = t0 + block * TB
-            p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
-            x_t = load_tile(x, b * s_x[0], p, p_ok, s_x[1], d, d_ok, WIDE)
-            b_rows = load_rows(bm, b_at, s_b[1], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-            raw = raw_steps(low_shared, delta, delta_at, s_delta[1], way, first, p, p_ok, channel, bias,
-                            rank, T, W, RP, WIDE)  # fmt: skip
-            stage_steps((dt_s, v_s), x_t, raw, p_ok, SOFTPLUS)
+            raw = raw_steps(low_shared, delta_t, bias, channel, rank, T, RP)
+            p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+            stage_steps((dt_s, v_s), x_t, raw, p >= 0, SOFTPLUS)
             b_s.store(b_rows.to(gl.float32))
+            x_t, delta_t, b_rows = load_steps(
+                tensors, starts, strides, pixel_s, gl.minimum(block + 1, last), channel, n_states, rank,
+                TB, BN, T, W, RP, ALIGN_B, WIDE,
+            )  # fmt: skip
+            fetch_block(dy, dy_at, s_dy[1], pixel_s, block, d0, group_end, TB, BD, W, WIDE)
+            fetch_block(cm, c_at, s_c[1], pixel_s, block, 0, n_states, TB, BN, W, WIDE)
             barrier()
             h = keep_states(h, decay, block, last, (dt_s, v_s, b_s), kept, S)
 
@@ -418,19 +428,16 @@ def scan_gradient_kernel(
         x_ends = (sweep == n_dirs - 1) & (is_last == 1)
         for back in range(0, last + 1):
             block = last - back
-            first = t0 + block * TB
             stage_backward(
-                staged, low_shared, (x, dy, bm, cm, delta, gate, bias),
-                (b * s_x[0], b * s_dy[0] + k * s_dy[2], b_at, c_at, delta_at, b * s_gate[0]),
-                (s_x[1], s_dy[1], s_b[1], s_c[1], s_delta[1], s_gate[1]), way, first, channel, n_states, rank,
+                staged, low_shared, tensors, starts, strides, pixel_s, block, bias, channel, n_states, rank,
                 T, W, RP, SOFTPLUS, WANT, ALIGN_B, ALIGN_C, WIDE,
             )  # fmt: skip
             barrier()
             for half in range(0, TB // 4):
                 quad = TB // 4 - 1 - half
-                at = first + 4 * quad
-                pq, pq_ok = pixels(way, at, 1, 4, gl.SliceLayout(1, Q))
-                q_mask = pq_ok[:, None] & (dq < group_end)[None, :]
+                four = block * (TB // 4) + quad
+                pq = rows_of(pixel_s, four, 4).load(gl.SliceLayout(1, Q))
+                q_mask = (pq >= 0)[:, None] & (dq < group_end)[None, :]
                 x_place = tile_at(b * s_gx[0], pq, s_gx[1], dq, WIDE)
                 if WANT & ACC & 1:
                     so_far = gl.load(gx + x_place, mask=q_mask & x_again, other=0.0)
@@ -440,9 +447,11 @@ def scan_gradient_kernel(
                     h = kept.index(eighth - 1).load(S)
                 else:
                     if start is not None:
-                        h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
-                for j in range(4 * (quad - quad % 2), 4 * quad):
-                    h = advance(h, decay, j, dt_s, v_s, b_s, S)
+                        # eighth is 0: it keeps the addresses from being computed, and held, outside of the loop
+                        h = gl.load(state_tile(start, s_start, b, w, k, r + eighth, n, ds), mask=tile_ok, other=0.0)
+                if quad % 2 == 1:
+                    for i in gl.static_range(4):
+                        h = advance(h, decay, 4 * quad - 4 + i, dt_s, v_s, b_s, S)
                 g, sum_a = four_gradients(h, g, sum_a, decay, quad, (dt_s, v_s, dy_s, b_s, c_s), scratch, S, WANT)
                 skip_q = channel_vector(skip, k * channels + dq, dq < group_end)
                 x_q = four_rows(x_s, quad, W)
@@ -450,9 +459,9 @@ def scan_gradient_kernel(
                 dt_q = four_rows(dt_s, quad, W)
                 barrier()
                 if WANT & 8:
-                    store_rows(gc, gc_at, s_gc[1], gather(c_scratch, W), way, at, n_states, W, WIDE)
+                    store_rows(gc, gc_at, s_gc[1], gather(c_scratch, W), pixel_s, four, n_states, WIDE)
                 if WANT & 4:
-                    store_rows(gb, gb_at, s_gb[1], gather(b_scratch, W), way, at, n_states, W, WIDE)
+                    store_rows(gb, gb_at, s_gb[1], gather(b_scratch, W), pixel_s, four, n_states, WIDE)
                 g_b = gl.convert_layout(gather(x_scratch, W), Q)
                 if WANT & 1:
                     g_x = dt_q * g_b + skip_q[None, :] * dy_q
@@ -481,7 +490,7 @@ def scan_gradient_kernel(
                 barrier()
                 if WANT & 2:
                     low_at = b * s_gdelta[0] + k * s_gdelta[2] + wide(share, WIDE) * s_gdelta[3]
-                    store_low(x_s, weight_s, gdelta, low_at, s_gdelta[1], way, first, rank, W, WIDE)
+                    store_low(x_s, weight_s, gdelta, low_at, s_gdelta[1], pixel_s, block, rank, W, WIDE)
                 if WANT & 64:
                     for j in range(0, TB):
                         sum_weight += along_states(low_rows_s, j, LW) * along_channels(x_s, j, LW)

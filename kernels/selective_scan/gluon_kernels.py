@@ -83,9 +83,9 @@ def tile_layout(ROWS, COLUMNS, W):
 
 
 @gluon.jit
-def buffer(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Shared memory [ROWS, COLUMNS], float32."""
-    return gl.allocate_shared_memory(gl.float32, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+def buffer(ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr = gl.float32):
+    """Shared memory [ROWS, COLUMNS]."""
+    return gl.allocate_shared_memory(DTYPE, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -93,7 +93,7 @@ def rows_of(shared, j, STEPS: gl.constexpr):
     """Rows ``STEPS * j`` to ``STEPS * (j + 1)`` of a `buffer`, laid end to end."""
     ROWS: gl.constexpr = shared.shape[0] // STEPS
     COLUMNS: gl.constexpr = shared.shape[1] * STEPS
-    return shared._reinterpret(gl.float32, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(j)
+    return shared._reinterpret(shared.dtype, [ROWS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(j)
 
 
 @gluon.jit
@@ -164,14 +164,70 @@ def load_tile(ptr, start, p, p_ok, stride, offs, ok, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(ptr, start, stride, way, first, sign: gl.constexpr, count, TB: gl.constexpr, X: gl.constexpr,
-              W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
-    """The first ``count`` values of a block of steps (B, C or the low-rank signal) [TB, X], aligned to ALIGN bytes."""
-    L: gl.constexpr = tile_layout(TB, X, W)
-    p, ok = pixels(way, first, sign, TB, gl.SliceLayout(1, L))
+def load_rows_at(ptr, start, stride, p, ok, count, X: gl.constexpr, L: gl.constexpr, ALIGN: gl.constexpr,
+                 WIDE: gl.constexpr):  # fmt: skip
+    """The first ``count`` values of B, C or the low-rank signal at the pixels ``p`` [TB, X], aligned to ALIGN bytes."""
     n = gl.arange(0, X, gl.SliceLayout(0, L))
     ptrs = gl.multiple_of(ptr + tile_at(start, p, stride, n, WIDE), [1, ALIGN])
     return gl.load(ptrs, mask=ok[:, None] & (n < count)[None, :], other=0.0)
+
+
+@gluon.jit
+def pixel_table(pixel_s, way, first, sign: gl.constexpr, W: gl.constexpr):
+    """Fills pixel_s [steps of a chunk, 1] in the order in which they are taken; negative where there is none."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [W, 1], [1, 0])
+    p, ok = pixels(way, first, sign, pixel_s.shape[0], gl.SliceLayout(1, L))
+    pixel_s.store(gl.where(ok, p, -1)[:, None])
+
+
+@gluon.jit
+def load_block(ptr, start, stride, pixel_s, block, channel, TB: gl.constexpr, T: gl.constexpr, WIDE: gl.constexpr):
+    """A block of steps [TB, BD] of x, dy, delta or the gate as stored, 0 where there is none."""
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+    return load_tile(ptr, start, p, p >= 0, stride, channel[0], channel[1], WIDE)
+
+
+@gluon.jit
+def load_block_rows(
+    ptr, start, stride, pixel_s, block, count,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, ALIGN: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """A block of rows [TB, X] of B, C or a low-rank signal as stored."""
+    L: gl.constexpr = tile_layout(TB, X, W)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    return load_rows_at(ptr, start, stride, p, p >= 0, count, X, L, ALIGN, WIDE)
+
+
+@gluon.jit
+def fetch_block(
+    ptr, start, stride, pixel_s, block, first, end,
+    TB: gl.constexpr, X: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """Brings a block of steps [TB, X], from column ``first`` and below ``end``, into the second-level cache."""
+    COLUMNS: gl.constexpr = X // 16 if X >= 16 else 1
+    L: gl.constexpr = tile_layout(TB, COLUMNS, W)
+    p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, L))
+    column = gl.minimum(first + 16 * gl.arange(0, COLUMNS, gl.SliceLayout(0, L)), end - 1)
+    ptrs = ptr + tile_at(start, gl.maximum(p, 0), stride, column, WIDE)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load_steps(
+    tensors, starts, strides, pixel_s, block, channel, n_states, rank,
+    TB: gl.constexpr, BN: gl.constexpr, T: gl.constexpr, W: gl.constexpr, RP: gl.constexpr, ALIGN_B: gl.constexpr,
+    WIDE: gl.constexpr,
+):  # fmt: skip
+    """x, delta (or its low-rank signal) and B of a block of steps; with these begin tensors, starts and strides."""
+    x_t = load_block(tensors[0], starts[0], strides[0], pixel_s, block, channel, TB, T, WIDE)
+    if RP > 0:
+        delta_t = load_block_rows(tensors[1], starts[1], strides[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
+    else:
+        delta_t = load_block(tensors[1], starts[1], strides[1], pixel_s, block, channel, TB, T, WIDE)
+    b_rows = load_block_rows(tensors[2], starts[2], strides[2], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
+    return x_t, delta_t, b_rows
 
 
 @gluon.jit
@@ -215,9 +271,9 @@ def scan_chunk_kernel(
     s_value, s_gate, s_row, s_delta, s_states,
     height, width, lines, length, orders, K, channels, group_channels, n_states, rank, chunk, n_chunks,
     BN: gl.constexpr, BD: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, ADJOINT: gl.constexpr,
-    ALIGN: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
+    ALIGN: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, CHUNK: gl.constexpr, W: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """See `gpu_kernels.scan_chunk_kernel`; strides are (batch, pixel, direction, group)."""
+    """See `gpu_kernels.scan_chunk_kernel`; at most CHUNK steps a chunk; strides (batch, pixel, direction, group)."""
     blocks = gl.cdiv(group_channels, BD)
     groups = channels // group_channels
     pid = gl.program_id(0)
@@ -249,6 +305,7 @@ def scan_chunk_kernel(
     dt_s = buffer(TB, BD)
     v_s = buffer(TB, BD)
     row_s = buffer(TB, BN)
+    pixel_s = buffer(CHUNK, 1, gl.int32)
     if RP > 0:
         low_s = buffer(RP, TB)
         weight_s = buffer(RP, BD)
@@ -258,32 +315,38 @@ def scan_chunk_kernel(
 
     h = gl.zeros([BN, BD], gl.float32, S)
     total = gl.zeros([TB, BD], gl.float32, T)
-    sign: gl.constexpr = -1 if ADJOINT else 1
-    for block in range(0, gl.cdiv(t1 - t0, TB)):
-        first = t1 - 1 - block * TB if ADJOINT else t0 + block * TB
-        p, p_ok = pixels(way, first, sign, TB, gl.SliceLayout(1, T))
-        # All loads first: the block waits for memory once.
-        v = load_tile(value, value_at, p, p_ok, s_value[1], d, d_ok, WIDE)
-        rows = load_rows(row, row_at, s_row[1], way, first, sign, n_states, TB, BN, W, ALIGN, WIDE)
+    channel = (d, d_ok)
+    pixel_table(pixel_s, way, t1 - 1 if ADJOINT else t0, -1 if ADJOINT else 1, W)
+    # The next block is on its way while one is worked on.
+    v, raw, rows = load_steps(
+        (value, delta, row), (value_at, delta_at, row_at), (s_value[1], s_delta[1], s_row[1]), pixel_s, 0, channel,
+        n_states, rank, TB, BN, T, W, RP, ALIGN, WIDE,
+    )  # fmt: skip
+    n_blocks = gl.cdiv(t1 - t0, TB)
+    for block in range(0, n_blocks):
         if RP > 0:
-            low = load_rows(delta, delta_at, s_delta[1], way, first, sign, rank, TB, RP, W, 1, WIDE)
-            low_s.permute((1, 0)).store(low.to(gl.float32))
+            low_s.permute((1, 0)).store(raw.to(gl.float32))
             barrier()
-            raw = low_rank_product(low_s, weight_s, bias_d, rank, T)
+            steps = low_rank_product(low_s, weight_s, bias_d, rank, T)
         else:
-            raw = load_tile(delta, delta_at, p, p_ok, s_delta[1], d, d_ok, WIDE).to(gl.float32) + bias_d[None, :]
+            steps = raw.to(gl.float32) + bias_d[None, :]
         row_s.store(rows.to(gl.float32))
-        v = v.to(gl.float32)
-        dt = gl.where(p_ok[:, None], softplus(raw) if SOFTPLUS else raw, 0.0)
+        u = v.to(gl.float32)
+        p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+        dt = gl.where((p >= 0)[:, None], softplus(steps) if SOFTPLUS else steps, 0.0)
         total += dt
         if ADJOINT:
             if gate is not None:
-                z = load_tile(gate, b * s_gate[0], p, p_ok, s_gate[1], d, d_ok, WIDE).to(gl.float32)
-                v *= z * sigmoid(z)
+                z = load_block(gate, b * s_gate[0], s_gate[1], pixel_s, block, channel, TB, T, WIDE).to(gl.float32)
+                u *= z * sigmoid(z)
         else:
-            v *= dt
+            u *= dt
         dt_s.store(dt)
-        v_s.store(v)
+        v_s.store(u)
+        v, raw, rows = load_steps(
+            (value, delta, row), (value_at, delta_at, row_at), (s_value[1], s_delta[1], s_row[1]), pixel_s,
+            gl.minimum(block + 1, n_blocks - 1), channel, n_states, rank, TB, BN, T, W, RP, ALIGN, WIDE,
+        )  # fmt: skip
         barrier()  # once, instead of at the first load of every step
         for quad in range(0, TB // 4):
             for i in gl.static_range(4):
@@ -305,8 +368,8 @@ def scan_output_kernel(
     height, width, lines, length, orders, dirs, n_dirs, fan, is_first, is_last,
     channels, group_channels, n_states, rank, chunk, n_chunks,
     BN: gl.constexpr, BD: gl.constexpr, RP: gl.constexpr, SOFTPLUS: gl.constexpr, ACCUMULATE: gl.constexpr,
-    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, W: gl.constexpr,
-    WIDE: gl.constexpr,
+    ALIGN_B: gl.constexpr, ALIGN_C: gl.constexpr, SN: gl.constexpr, TB: gl.constexpr, CHUNK: gl.constexpr,
+    W: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """See `gpu_kernels.scan_output_kernel`; strides are (batch, pixel, direction, group).
 
@@ -337,6 +400,8 @@ def scan_output_kernel(
     y_s = buffer(TB, BD)
     b_s = buffer(TB, BN)
     c_s = buffer(TB, BN)
+    pixel_s = buffer(CHUNK, 1, gl.int32)
+    channel = (d, d_ok)
     if RP > 0:
         low_s = buffer(RP, TB)
         weight_s = buffer(RP, BD)
@@ -361,20 +426,22 @@ def scan_output_kernel(
         if start is not None:
             h = gl.load(state_tile(start, s_start, b, w, k, r, n, ds), mask=tile_ok, other=0.0)
         ends = (sweep == n_dirs - 1) & (is_last == 1)
-        for block in range(0, gl.cdiv(t1 - t0, TB)):
-            first = t0 + block * TB
-            p, p_ok = pixels(way, first, 1, TB, gl.SliceLayout(1, T))
+        pixel_table(pixel_s, way, t0, 1, W)
+        n_blocks = gl.cdiv(t1 - t0, TB)
+        for block in range(0, n_blocks):
             # All loads first: the block waits for memory once.
-            v = load_tile(x, b * s_x[0], p, p_ok, s_x[1], d, d_ok, WIDE)
-            b_rows = load_rows(bm, b_at, s_b[1], way, first, 1, n_states, TB, BN, W, ALIGN_B, WIDE)
-            c_rows = load_rows(cm, c_at, s_c[1], way, first, 1, n_states, TB, BN, W, ALIGN_C, WIDE)
+            v = load_block(x, b * s_x[0], s_x[1], pixel_s, block, channel, TB, T, WIDE)
+            b_rows = load_block_rows(bm, b_at, s_b[1], pixel_s, block, n_states, TB, BN, W, ALIGN_B, WIDE)
+            c_rows = load_block_rows(cm, c_at, s_c[1], pixel_s, block, n_states, TB, BN, W, ALIGN_C, WIDE)
+            p = rows_of(pixel_s, block, TB).load(gl.SliceLayout(1, T))
+            p_ok = p >= 0
             place = tile_at(b * s_y[0] + k * s_y[2], p, s_y[1], d, WIDE)
             y_ok = p_ok[:, None] & d_ok[None, :]
             total = gl.zeros([TB, BD], gl.float32, T)
             if ACCUMULATE:
                 total = gl.load(y + place, mask=y_ok & ((sweep > 0) | (is_first == 0)), other=0.0)
             if RP > 0:
-                low = load_rows(delta, delta_at, s_delta[1], way, first, 1, rank, TB, RP, W, 1, WIDE)
+                low = load_block_rows(delta, delta_at, s_delta[1], pixel_s, block, rank, TB, RP, W, 1, WIDE)
                 low_s.permute((1, 0)).store(low.to(gl.float32))
                 barrier()
                 raw = low_rank_product(low_s, weight_s, bias_d, rank, T)
@@ -387,6 +454,15 @@ def scan_output_kernel(
             dt_s.store(dt)
             v_s.store(v * dt)
             total += skip_d[None, :] * v
+            # There are no registers for reading the next block ahead: it only comes nearer.
+            coming = gl.minimum(block + 1, n_blocks - 1)
+            fetch_block(x, b * s_x[0], s_x[1], pixel_s, coming, d0, limit, TB, BD, W, WIDE)
+            if RP > 0:
+                fetch_block(delta, delta_at, s_delta[1], pixel_s, coming, 0, rank, TB, RP, W, WIDE)
+            else:
+                fetch_block(delta, delta_at, s_delta[1], pixel_s, coming, d0, limit, TB, BD, W, WIDE)
+            fetch_block(bm, b_at, s_b[1], pixel_s, coming, 0, n_states, TB, BN, W, WIDE)
+            fetch_block(cm, c_at, s_c[1], pixel_s, coming, 0, n_states, TB, BN, W, WIDE)
             barrier()
             for quad in range(0, TB // 4):
                 found = ()

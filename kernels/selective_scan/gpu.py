@@ -7,16 +7,18 @@ states recomputed from the saved chunk starts. A sequence of one chunk needs onl
 
 # num_warps is an argument of every launch that the kernels' signatures do not have:
 # pyright: reportCallIssue=false, reportArgumentType=false
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from math import gcd
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .gpu_gradient import scan_gradient_kernel
 from .gpu_kernels import scan_chunk_kernel, scan_combine_kernel, scan_output_kernel
@@ -28,6 +30,8 @@ TWIN_STATES, TWIN_CHUNK = 16, 64
 """The Gluon twins take all states at once and keep a chunk's states in shared memory."""
 WANT = {name: 1 << i for i, name in enumerate(("x", "delta", "B", "C", "A", "D", "weight", "bias", "z"))}
 """Bits by which the gradient kernel is told what to compute."""
+MAX_PLANS = 256
+"""Plans, with their launches, that are remembered; then all are forgotten."""
 
 
 class _Inputs(NamedTuple):
@@ -135,6 +139,8 @@ class _Plan:
     twin: bool
     elements: int
     """Of the largest tensor of the call."""
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What calls with this plan found out once: compiled launches and the shares of the gradient kernel."""
 
     @staticmethod
     def of(inputs: _Inputs, orders: tuple[int, ...], softplus: bool) -> "_Plan":
@@ -180,11 +186,12 @@ class _Plan:
             lanes = states // 4
             warps = max(1, min(4, width * lanes // 64))
             # What lets three programs share a multiprocessor's memory.
-            block = 16 if common["RP"] <= 4 else 8
+            block = 16 if common["RP"] <= 8 else 8
             steps = {"SN": 4, "TB": block, "KEPT": TWIN_CHUNK // 8 - 1, "W": warps, "num_warps": warps, "maxnreg": 168}
         else:
             warps = width // 32
-            steps = {"SN": min(8, states), "TB": 16, "W": warps, "num_warps": warps, "maxnreg": 128}
+            steps = {"SN": min(8, states), "TB": 16, "CHUNK": TWIN_CHUNK}
+            steps |= {"W": warps, "num_warps": warps, "maxnreg": 128}
         # Partial sums have a copy of B and C for each block of channels.
         wide = self.elements * _cdiv(self.group_channels, width) >= 2**31
         return {"BN": states, "BD": width, "WIDE": wide, **steps, **common}
@@ -196,7 +203,7 @@ class _Plan:
         given = t.stride()[:-1]
         return (given[0], _pixel_stride(t) or 0, *given[3:]) if self.twin else given
 
-    @property
+    @cached_property
     def state_blocks(self) -> int:
         return _cdiv(self.states, self.tile()["BN"])
 
@@ -216,7 +223,7 @@ class _Plan:
         backwards = (ROWS_REVERSED, COLUMNS_REVERSED, LINES_REVERSED)
         return sum(((o in columns) + 2 * (o in backwards)) << (2 * k) for k, o in enumerate(self.orders))
 
-    @property
+    @cached_property
     def axes(self) -> list[list[int]]:
         """Directions by the axis they run along; those of one axis share chunks of pixels."""
         columns = [k for k, o in enumerate(self.orders) if o in (COLUMNS, COLUMNS_REVERSED)]
@@ -231,6 +238,55 @@ class _Plan:
             "n_states": self.states, "rank": self.rank, "chunk": self.chunk, "n_chunks": self.count,
             **({} if self.twin else {"one": 1}),
         }  # fmt: skip
+
+
+_plans: dict[tuple, _Plan] = {}
+
+
+def _plan(
+    inputs: _Inputs, others: tuple[Tensor | None, ...], orders: tuple[int, ...], softplus: bool, *flags: object
+) -> _Plan:
+    """The plan of a call. Calls that are alike in all that a launch is compiled and computed from share one."""
+    x, states = inputs.x, inputs.A.shape[2]
+    how = (orders, softplus, flags, x.device, _has_twin(x, states), _chunking(x, orders, states))
+    key = (*how, *(t if t is None else _likeness(t) for t in (*inputs, *others)))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _Plan.of(inputs, orders, softplus)
+    return plan
+
+
+def _likeness(t: Tensor) -> tuple[object, ...]:
+    return t.shape, t.stride(), t.dtype, t.data_ptr() % 16
+
+
+def _launch(
+    plan: _Plan, name: object, kernel: Any, tensors: dict[str, Tensor | None],
+    rest: Callable[[], tuple[int, dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Launches a kernel with ``tensors`` and with the programs and the other arguments that ``rest`` gives.
+
+    Those depend on the plan and the launch's ``name`` alone, and so does what Triton makes of them in a tenth of a
+    millisecond of the host's time; a second launch is the first one with other tensors.
+    """
+    known = plan.memo.get(name)
+    if known is not None:
+        compiled, grid, arguments, places = known
+        arguments = arguments.copy()
+        for place, tensor in zip(places, tensors.values(), strict=True):
+            arguments[place] = tensor
+        compiled[grid](*arguments)
+        return
+    programs, others = rest()
+    grid = (programs, 1, 1)
+    compiled = kernel[grid](**tensors, **others)
+    # On AMD's GPUs it also depends on how large the tensors' storages are.
+    if isinstance(compiled, CompiledKernel) and not torch.version.hip:
+        names = kernel.arg_names
+        arguments = [None if n in tensors else others[n] for n in names]
+        plan.memo[name] = compiled, grid, arguments, [names.index(n) for n in tensors]
 
 
 def _pack(directions: list[int]) -> int:
@@ -260,20 +316,32 @@ def _chunk_states(
     shape = (plan.batch, plan.lines, plan.directions, plan.count + 1, plan.states, plan.channels)
     states = A.new_empty(shape)
     decay_sum = A.new_empty(*shape[:3], plan.count, plan.channels)
-    blocks = plan.state_blocks * plan.groups * plan.channel_blocks()
     chunk_kernel = plan.kernels.scan_chunk_kernel if plan.kernels else scan_chunk_kernel
-    chunk_kernel[(plan.sequences * plan.directions * plan.count * blocks,)](
-        value, gate, row, delta, weight, A, bias, states, decay_sum,
-        plan.strides(value), plan.strides(gate), plan.strides(row), plan.strides(delta), states.stride(),
-        **plan.geometry, K=plan.directions, **plan.tile(), ADJOINT=adjoint, ALIGN=_alignment(row),
-    )  # fmt: skip
-    size = plan.states * plan.channels
-    block, rows, warps = _combine_tile(plan.count, states.is_cuda)
-    scan_combine_kernel[(plan.sequences * plan.directions * _cdiv(size, block),)](
-        states, decay_sum, A, border, last, _state_strides(border, plan.is_lines), _state_strides(last, plan.is_lines),
-        plan.lines, plan.directions, plan.channels, plan.states, plan.count, 1,
-        BC=rows, BE=block, ADJOINT=adjoint, num_warps=warps,
-    )  # fmt: skip
+
+    def chunk_launch() -> tuple[int, dict[str, Any]]:
+        blocks = plan.state_blocks * plan.groups * plan.channel_blocks()
+        names = ("s_value", "s_gate", "s_row", "s_delta")
+        strides = {n: plan.strides(t) for n, t in zip(names, (value, gate, row, delta), strict=True)}
+        own = {"s_states": states.stride(), "K": plan.directions, "ADJOINT": adjoint, "ALIGN": _alignment(row)}
+        return plan.sequences * plan.directions * plan.count * blocks, strides | plan.geometry | plan.tile() | own
+
+    tensors = {
+        "value": value, "gate": gate, "row": row, "delta": delta, "weight": weight, "a": A, "bias": bias,
+        "states": states, "decay_sum": decay_sum,
+    }  # fmt: skip
+    _launch(plan, ("chunk", adjoint), chunk_kernel, tensors, chunk_launch)
+
+    def combine_launch() -> tuple[int, dict[str, Any]]:
+        size = plan.states * plan.channels
+        block, rows, warps = _combine_tile(plan.count, states.is_cuda)
+        return plan.sequences * plan.directions * _cdiv(size, block), {
+            "s_border": _state_strides(border, plan.is_lines), "s_last": _state_strides(last, plan.is_lines),
+            "lines": plan.lines, "K": plan.directions, "channels": plan.channels, "n_states": plan.states,
+            "n_chunks": plan.count, "one": 1, "BC": rows, "BE": block, "ADJOINT": adjoint, "num_warps": warps,
+        }  # fmt: skip
+
+    tensors = {"states": states, "decay_sum": decay_sum, "a": A, "border": border, "last": last}
+    _launch(plan, ("combine", adjoint), scan_combine_kernel, tensors, combine_launch)
     return states
 
 
@@ -287,7 +355,7 @@ def forward(
         delta, delta_weight = _full_delta(delta, delta_weight), None
     delta_weight = None if delta_weight is None else delta_weight.contiguous()
     inputs = _Inputs(x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state)
-    plan = _Plan.of(inputs, orders, softplus)
+    plan = _plan(inputs, (), orders, softplus, merge)
     y = x.new_empty(x.shape if merge else (*x.shape[:3], plan.directions, plan.channels))
     lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
     final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
@@ -313,21 +381,28 @@ def _output(
     total = torch.empty_like(y, dtype=torch.float32) if sweeps > 1 else y
     start, s_start = (initial, _state_strides(initial, plan.is_lines)) if states is None else (states, states.stride())
     axes = plan.axes if merge else [list(range(plan.directions))]
-    s_y = (*plan.strides(y), 0)
-    finish = {"out": y} if plan.twin else {}
-    blocks = plan.groups * plan.channel_blocks()
     output_kernel = plan.kernels.scan_output_kernel if plan.kernels else scan_output_kernel
-    for number, axis in enumerate(axes):
+    final_here = final if states is None else None
+    tensors = {
+        "x": x, "gate": z, "bm": Bm, "cm": C, "delta": delta, "weight": weight, "a": A, "skip": D, "bias": bias,
+        "start": start, "final": final_here, "y": total, **({"out": y} if plan.twin else {}),
+    }  # fmt: skip
+
+    def output_launch(number: int, axis: list[int]) -> tuple[int, dict[str, Any]]:
         each, fan = (len(axis), 1) if merge else (1, len(axis))
-        output_kernel[(plan.sequences * fan * plan.count * blocks,)](
-            x, z, Bm, C, delta, weight, A, D, bias, start, final if states is None else None, total,
-            s_x=plan.strides(x), s_gate=plan.strides(z), s_b=plan.strides(Bm), s_c=plan.strides(C),
-            s_delta=plan.strides(delta), s_start=s_start, s_final=_state_strides(final, plan.is_lines), s_y=s_y,
-            **finish, **plan.geometry,
-            dirs=_pack(axis), n_dirs=each, fan=fan, is_first=int(number == 0),
-            is_last=int(number == len(axes) - 1), **plan.tile(), ACCUMULATE=sweeps > 1,
-            ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C),
-        )  # fmt: skip
+        blocks = plan.groups * plan.channel_blocks()
+        names = ("s_x", "s_gate", "s_b", "s_c", "s_delta")
+        strides = {n: plan.strides(t) for n, t in zip(names, (x, z, Bm, C, delta), strict=True)}
+        own = {
+            "s_start": s_start, "s_final": _state_strides(final, plan.is_lines), "s_y": (*plan.strides(y), 0),
+            "dirs": _pack(axis), "n_dirs": each, "fan": fan, "is_first": int(number == 0),
+            "is_last": int(number == len(axes) - 1), "ACCUMULATE": sweeps > 1, "ALIGN_B": _alignment(Bm),
+            "ALIGN_C": _alignment(C),
+        }  # fmt: skip
+        return plan.sequences * fan * plan.count * blocks, strides | plan.geometry | plan.tile() | own
+
+    for number, axis in enumerate(axes):
+        _launch(plan, ("output", number), output_kernel, tensors, lambda n=number, a=axis: output_launch(n, a))
     return y if plan.twin else total.to(y.dtype)
 
 
@@ -372,7 +447,7 @@ def _gradients(
     orders: tuple[int, ...], softplus: bool, merge: bool, needs: tuple[bool, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     x, delta, A, _, C, _, weight, bias, z, _ = inputs
-    plan = _Plan.of(inputs, orders, softplus)
+    plan = _plan(inputs, (grad_y, grad_final, saved), orders, softplus, merge, needs)
     if plan.twin and _pixel_stride(grad_y) is None:
         grad_y = grad_y.contiguous()
     dy = grad_y.unsqueeze(3).expand(-1, -1, -1, plan.directions, -1) if merge else grad_y
@@ -382,7 +457,9 @@ def _gradients(
         behind = None
         if plan.count > 1:
             behind = _chunk_states(plan, dy, z, C, delta, weight, A, bias, grad_final, g_start, adjoint=True)
-        return _Gradient(plan, needs).run(dy, grad_final, inputs, saved, behind, g_start)
+        if "gradient" not in plan.memo:
+            plan.memo["gradient"] = _Gradient(plan, needs)
+        return plan.memo["gradient"].run(dy, grad_final, inputs, saved, behind, g_start)
 
 
 class _Gradient:
@@ -457,22 +534,31 @@ class _Gradient:
                 s_after = _state_strides(grad_final, plan.is_lines)
         else:
             start, s_start, after, s_after = saved, saved.stride(), behind[:, :, :, 1:], behind.stride()
+        tensors = {
+            "x": x, "gate": z, "dy": dy, "bm": Bm, "cm": C, "delta": delta, "weight": weight, "a": A, "skip": D,
+            "bias": bias, "start": start, "behind": after, "gx": gx, "ggate": gz, "gdelta": g_delta, "gb": gb, "gc": gc,
+            "ga": pixel_sums[0], "gskip": pixel_sums[1], "gweight": pixel_sums[2], "gbias": pixel_sums[3],
+            "gstart": g_start if behind is None else None, **own,
+        }  # fmt: skip
+
+        def gradient_launch(number: int, axis: list[int]) -> tuple[int, dict[str, Any]]:
+            names = ("s_x", "s_gate", "s_dy", "s_b", "s_c", "s_delta", "s_gx")
+            strides = {n: plan.strides(t) for n, t in zip(names, (x, z, dy, Bm, C, delta, gx[0]), strict=True)}
+            for n, t in (("s_gdelta", g_delta), ("s_gb", gb), ("s_gc", gc)):
+                strides[n] = (*plan.strides(t[0]), t.stride(0))
+            last = int(number == len(plan.axes) - 1)
+            return programs, {
+                **strides, "s_start": s_start, "s_behind": s_after, "s_gstart": _state_strides(g_start, plan.is_lines),
+                **plan.geometry, "K": plan.directions, "dirs": _pack(axis), "n_dirs": len(axis),
+                "is_first": int(number == 0), **({"is_last": last} if plan.twin else {"per_share": self.per_share}),
+                "n_tasks": self.tasks, "n_shares": self.shares, **tile, "WANT": self.want,
+                "ACC": sum(WANT[name] for name, flag in acc.items() if flag), "ALIGN_B": _alignment(Bm),
+                "ALIGN_C": _alignment(C),
+            }  # fmt: skip
+
         for number, axis in enumerate(plan.axes):
-            kernel[(programs,)](
-                x, z, dy, Bm, C, delta, weight, A, D, bias, start, after,
-                gx=gx, ggate=gz, gdelta=g_delta, gb=gb, gc=gc, ga=pixel_sums[0], gskip=pixel_sums[1],
-                gweight=pixel_sums[2], gbias=pixel_sums[3], gstart=g_start if behind is None else None,
-                s_x=plan.strides(x), s_gate=plan.strides(z), s_dy=plan.strides(dy), s_b=plan.strides(Bm),
-                s_c=plan.strides(C), s_delta=plan.strides(delta), s_start=s_start, s_behind=s_after,
-                s_gx=plan.strides(gx[0]), s_gdelta=(*plan.strides(g_delta[0]), g_delta.stride(0)),
-                s_gb=(*plan.strides(gb[0]), gb.stride(0)), s_gc=(*plan.strides(gc[0]), gc.stride(0)),
-                s_gstart=_state_strides(g_start, plan.is_lines), **own, **plan.geometry, K=plan.directions,
-                dirs=_pack(axis), n_dirs=len(axis), is_first=int(number == 0),
-                **({"is_last": int(number == len(plan.axes) - 1)} if plan.twin else {"per_share": self.per_share}),
-                n_tasks=self.tasks, n_shares=self.shares, **tile, WANT=self.want,
-                ACC=sum(WANT[name] for name, flag in acc.items() if flag),
-                ALIGN_B=_alignment(Bm), ALIGN_C=_alignment(C),
-            )  # fmt: skip
+            _launch(plan, ("gradient", number), kernel, tensors, lambda n=number, a=axis: gradient_launch(n, a))
+        tensors.clear()  # what is summed below needs the memory of what is only read
         if gx_out is not None:
             gx = gx_out.unsqueeze(0)
         parts = [gx, g_delta, pixel_sums[0], gb, gc, pixel_sums[1], pixel_sums[2], pixel_sums[3], gz]

@@ -84,7 +84,7 @@ def ssd_input_gradient_kernel(
             products = tl.dot(b, tl.trans(ct), products, input_precision=PREC)
             gu = tl.dot(b, tl.trans(h), gu, input_precision=PREC)
         gu = gu * exp2(end[1])[:, None]
-        mixing = (transposed_decay(decay, T, backwards, strict, CT) * products).to(CT)
+        mixing = transposed_decay(decay, T, backwards, strict, CT) * products
         if gstep is not None:
             part = pb * s_part + at * T + i
             through = tl.sum(gu * xt, axis=1)
@@ -98,7 +98,7 @@ def ssd_input_gradient_kernel(
                 tl.store(gdecay + part, tl.sum(shares, axis=0) - tl.sum(shares, axis=1))
             else:
                 tl.store(gdecay + part, tl.sum(others * step[:, None], axis=0) - of_others * step)
-        gu = tl.dot(mixing, dyt, gu, input_precision=PREC)
+        gu = tl.dot(mixing.to(CT), dyt, gu, input_precision=PREC)
         total += gu * step[:, None]
         if skip is not None:
             total += tl.load(skip + k * heads + e) * dyt.to(tl.float32)

@@ -6,19 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kernels
 from detection import bench
 from detection.bench import ConvolutionalDetector, Task, measure, measure_alone, run_bench
 from detection.head import decode
 from detection.model import MambaYOLO
 from detection.summary import summarize
 from vision_ssm.errors import UserError
+from vision_ssm.ss2d import SS2D
 
 TASK = Task("mamba", "t", 3, None, 64, 1, "cpu", "fp32", None)
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(bench, "_RUNS", (3, 3))
+    monkeypatch.setattr(bench, "_RUNS", 3)
 
 
 def test_a_row_holds_the_models_own_numbers():
@@ -60,7 +62,48 @@ def test_a_training_step_is_measured():
     assert trained.median > run.median
 
 
-def test_shipped_weights_are_named(capsys):
+def test_the_scan_asked_for_runs():
+    slow, fast = measure(replace(TASK, scan="torch", resolution=128)), measure(replace(TASK, resolution=128))
+    assert slow.scan == "torch"
+    assert fast.scan == kernels.choose_backend("auto", torch.device("cpu"), torch.float32)
+    assert slow.scan == fast.scan or slow.median > fast.median
+    model, _ = bench._build(replace(TASK, scan="torch"))
+    assert {m.backend for m in model.modules() if isinstance(m, SS2D)} == {"torch"}
+
+
+def test_a_compiled_network_is_measured(monkeypatch):
+    compiled, compile_it = [], torch.compile
+
+    def traced(model):  # the compiler proper takes half a minute
+        compiled.append(model)
+        return compile_it(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    row = measure(replace(TASK, model="convolutional", mode="compiled"))
+    assert [type(model) for model in compiled] == [ConvolutionalDetector]
+    assert row.mode == "compiled"
+    assert row.scan is None
+    assert row.first > row.median > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scan", ["triton", "torch"])
+def test_a_graph_replays_the_network(scan):
+    row = measure(replace(TASK, device="cuda", precision="bf16", mode="graph", scan=scan))
+    assert row.median > 0
+    assert (row.scan_share is None) == (scan == "torch")
+    assert row.scan_share is None or 0 < row.scan_share < 1
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_says_so():
+    here = torch.ones(1, device="cuda")
+    with pytest.raises(RuntimeError, match="could not be captured"):
+        bench._captured(lambda: here.item())
+
+
+def test_shipped_weights_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure_alone", measure)
     assert run_bench(weights="mamba_yolo_t_trees", resolutions=[64], device="cpu") == 0
     assert "Mamba-YOLO-T" in capsys.readouterr().out
 
@@ -71,14 +114,18 @@ def test_bfloat16_is_measured():
 
 def test_table_json_and_plot(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "measure_alone", measure)
-    assert run_bench(resolutions=[32, 64], device="cpu", output=tmp_path) == 0
+    options = {"scan": ["auto", "torch"], "device": "cpu", "output": tmp_path}
+    assert run_bench(resolutions=[32], batch_size=[1, 2], **options) == 0
     printed = capsys.readouterr().out
     assert "Mamba-YOLO-T" in printed
     assert "resnet10t" in printed
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [(row["resolution"], row["model"].split()[0]) for row in rows] == [
-        (32, "Mamba-YOLO-T"), (32, "convolutional"), (64, "Mamba-YOLO-T"), (64, "convolutional"),
-    ]  # fmt: skip
+    auto = kernels.choose_backend("auto", torch.device("cpu"), torch.float32)
+    assert [(row["batch_size"], row["model"].split()[0], row["scan"]) for row in rows] == [
+        (batch, *model)
+        for batch in (1, 2)
+        for model in (("Mamba-YOLO-T", auto), ("Mamba-YOLO-T", "torch"), ("convolutional", None))
+    ]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,8 +146,14 @@ def test_a_row_that_cannot_be_measured_is_told(tmp_path):
     [
         ({"resolutions": [100]}, "multiples of 32"),
         ({"size": "x"}, "sizes t, b, l"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": [1, 0]}, "at least 1"),
+        ({"batch_size": []}, "at least 1"),
         ({"threads": 0}, "at least 1"),
+        ({"modes": ["fast"]}, "some of eager, compiled, graph, compiled_graph; got fast"),
+        ({"modes": ["eager", "graph"], "device": "cpu"}, "needs a GPU, this runs on cpu"),
+        ({"modes": ["graph"], "train": True, "device": "cpu"}, "captured for inference"),
+        ({"scan": ["triton"], "device": "cpu"}, "scan 'triton' cannot run here: it runs on a GPU"),
+        ({"scan": ["quick"], "device": "cpu"}, "scan 'quick' is unknown"),
     ],
 )
 def test_bad_arguments(options, said):

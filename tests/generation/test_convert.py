@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from generation.convert import config_from_state_dict, from_official, run_convert, vim_mixer
+from generation.convert import config_from_state_dict, from_official, run_convert
 from generation.unet import SSMVideoUNet
 from tests.generation.published import read
+from vision_ssm.backbones.convert import vim_mixer
 from vision_ssm.errors import UserError
 
 NET = "ssmv_v4_unet_bi_s6"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.convert import config_from_state_dict, convert_layer, from_official, vim_mixer
+from generation.convert import config_from_state_dict, convert_layer, from_official
 from generation.mixers import S6Mixer
 from generation.published_diffusion import CosineSchedule
 from generation.temporal import GLULayer, TemporalConfig, temporal_layer
@@ -17,6 +16,8 @@ from generation.unet import SSMVideoUNet
 from kernels.s4d import torch_path
 from tests.generation.published import SHIPPED, Case, read
 from tests.golden import values
+from vision_ssm.backbones.convert import vim_mixer
+from vision_ssm.backbones.vim import VimBlock
 from vision_ssm.mamba import BidirectionalMamba
 
 LAYER_ERROR, GRADIENT_ERROR, NET_ERROR = 2e-6, 1e-4, 2e-5
@@ -160,12 +161,16 @@ def test_mixer_of_dim_is_vims() -> None:
 @torch.no_grad()
 def test_vim_block(place: str) -> None:
     case = read("vim_block_v2")
-    mixer = BidirectionalMamba(32)
-    mixer.load_state_dict(vim_mixer({n.removeprefix("mixer."): t for n, t in case.weights.items() if "mixer" in n}))
+    block = VimBlock(32, state_size=16, drop_path=0.0)
+    block.norm.weight.copy_(case.weights["norm.weight"])
+    block.mixer.load_state_dict(
+        vim_mixer({n.removeprefix("mixer."): t for n, t in case.weights.items() if "mixer" in n})
+    )
     residual = case.values["hidden"] + (case.values["residual"] if place == "next" else 0)
-    hidden = mixer(F.rms_norm(residual, (32,), case.weights["norm.weight"], 1e-5))
+    hidden = block.mixer(block.norm(residual))
     assert (residual - case.values[f"{place}_residual"]).abs().max() <= LAYER_ERROR
     assert (hidden - case.values[f"{place}_hidden"]).abs().max() <= LAYER_ERROR
+    assert torch.equal(block(residual), residual + hidden)
 
 
 def test_the_longer_schedule(shared_root: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 
 FOLDER = Path(kernels.__file__).parent / "selective_scan"
-ASM = {"ex2": torch.exp2, "lg2": torch.log2, "rcp": torch.reciprocal}
+ASM = {"ex2": torch.exp2, "lg2": torch.log2, "rcp": torch.reciprocal, "pre": lambda pointers: pointers}
 _program = {"id": 0, "count": 1}
 
 
@@ -40,14 +40,14 @@ class Shared:
     """Shared memory and its views."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data, self.shape = data, tuple(data.shape)
+        self.data, self.shape, self.dtype = data, tuple(data.shape), data.dtype
 
     def load(self, layout: object) -> Tensor:
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
         assert value.shape == self.data.shape
-        assert value.dtype == torch.float32
+        assert value.dtype == torch.float32 or not self.data.is_floating_point()
         self.data.copy_(value)
 
     def index(self, i: Any) -> "Shared":
@@ -84,7 +84,7 @@ def _where(condition: Any, a: Any, b: Any) -> Tensor:
     return torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b))
 
 
-def _asm(text: str, _constraints: str, values: list[Tensor], **_: object) -> Tensor:
+def _asm(text: str, _constraints: str, values: list[Any], **_: object) -> Any:
     return ASM[text[:3]](values[0])
 
 
@@ -102,7 +102,9 @@ def _language() -> types.SimpleNamespace:
         cast=lambda x, dtype: torch.as_tensor(x).to(dtype), cdiv=lambda a, b: -(-a // b),
         multiple_of=lambda x, values: x, inline_asm_elementwise=_asm, static_range=range,
         program_id=lambda axis: torch.tensor(_program["id"]), num_programs=lambda axis: torch.tensor(_program["count"]),
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.full([int(n) for n in shape], torch.nan)),
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(
+            torch.full([int(n) for n in shape], torch.nan if dtype.is_floating_point else -(2**31), dtype=dtype)
+        ),
         thread_barrier=lambda: None, SliceLayout=lambda axis, parent: None,
         SwizzledSharedLayout=lambda *a, **k: None,
         BlockedLayout=lambda size, threads, warps, order: types.SimpleNamespace(size_per_thread=size),

@@ -14,7 +14,7 @@ from restoration.card import WeightsCard
 from restoration.mambair import MambaIR
 from restoration.model import Serpent
 from restoration.networks import model_config
-from restoration.pretrained import load_model, run_convert, save_weights
+from restoration.pretrained import load_model, run_convert, run_pack, save_weights
 from restoration.summary import run_info
 from restoration.tasks import SHIPPED, TASKS, find_task, shipped_weights, weights_for
 from tests.golden import ASSETS, fill
@@ -54,14 +54,15 @@ def test_saved_weights_come_back_with_their_card(tmp_path: Path) -> None:
         assert said in readme
 
 
-def test_half_precision_weights_are_half_as_large(tmp_path: Path) -> None:
+def test_packed_weights_are_half_as_large(tmp_path: Path) -> None:
     model = small()
-    sizes = []
-    for half in (False, True):
-        save_weights(tmp_path / "w", model, card_of(model), half=half)
-        sizes.append(sum(tensor.numel() for tensor in model.parameters()) * (2 if half else 4))
-        assert abs((tmp_path / "w" / "model.safetensors").stat().st_size - sizes[-1]) < 16_000
-    loaded, _ = load_model(tmp_path / "w")
+    save_weights(tmp_path / "w", model, card_of(model))
+    assert run_pack(tmp_path / "w", tmp_path / "packed") == 0
+    for folder, size in (("w", 4), ("packed", 2)):
+        expected = size * sum(tensor.numel() for tensor in model.parameters())
+        assert abs((tmp_path / folder / "model.safetensors").stat().st_size - expected) < 16_000
+    loaded, read = load_model(tmp_path / "packed")
+    assert read == load_model(tmp_path / "w")[1]
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     image = torch.rand(1, 3, 8, 8)
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from vision_ssm.classify.commands import COMMANDS
 from vision_ssm.classify.config import ClassifyConfig, NetworkConfig
 from vision_ssm.classify.model import Classifier, build_network
-from vision_ssm.classify.train import ClassifyTask, Squares, run_train
+from vision_ssm.classify.train import ClassifyTask, Squares, read_squares, run_train, scores_of
 from vision_ssm.cli import call
 from vision_ssm.config import from_dict, load_config, shipped_configs
 from vision_ssm.data.labelled import find_labelled, read_idx, to_square
@@ -96,6 +96,13 @@ def test_shipped_weights_have_names(trained, tmp_path, monkeypatch):
     assert Classifier.load("best", device="cpu").classes == ("blue", "green", "red")
     with pytest.raises(UserError, match="no checkpoint at other"):
         Classifier.load("other", device="cpu")
+
+
+def test_the_shipped_judge_recognises_satellite_pictures(shared_root):
+    judge = Classifier.load("eurosat", device="cpu")
+    pictures = find_labelled(shared_root / "data" / "generation" / "eurosat", "val", judge.classes)
+    assert len(pictures) == 500
+    assert scores_of(judge, read_squares(pictures, judge.side), pictures.labels)["accuracy"] > 0.95
 
 
 def test_a_sample_depends_on_its_key_alone(folder):

@@ -395,6 +395,27 @@ def test_on_a_gpu_no_step_waits_and_a_resumed_run_is_the_same(tmp_path, determin
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_train_as_python_does(tmp_path, deterministic_gpu, precision):
+    """With two batches a step, whose gradients are gathered."""
+    changes = {"device": "cuda", "precision": precision, "nominal_batch": 8, "epochs": 2}
+    runs = [
+        train(GpuTask(samples=96), tiny_config(tmp_path / str(graph), graph=graph, **changes))
+        for graph in (False, True)
+    ]
+    losses = [[row["train/loss"] for row in run.history] for run in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    weights, wanted = (load_checkpoint(run.last)[0] for run in reversed(runs))
+    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_gpu_graphs_change_nothing_and_that_is_said(tmp_path, capsys):
+    result = train(TinyTask(), tiny_config(tmp_path / "run", device="cpu", graph=True))
+    assert result.history
+    assert "no graphs: there is no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
 def test_out_of_memory_on_a_gpu(tmp_path):
     task = GpuTask()
     task.loss = lambda model, batch: {"loss": torch.empty(2**44, device="cuda").sum()}  # type: ignore[method-assign]

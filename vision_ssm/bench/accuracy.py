@@ -47,7 +47,7 @@ def long_cases(kinds: Collection[str], device: torch.device, *, quick: bool) -> 
     side = round(length**0.5)
     longest: tuple[Workload, ...] = (
         Scan1D(batch=1, length=length, channels=16), Scan2D(batch=1, height=side, width=side, channels=16),
-        SSD(batch=1, length=length, heads=2, head_dim=32, states=32),
+        SSD(batch=1, length=length, heads=12, head_dim=32, states=32),
     )  # fmt: skip
     cases = [
         LongCase(workload, dtype, steps)

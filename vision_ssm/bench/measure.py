@@ -45,10 +45,11 @@ class Stopwatch:
     Args:
         device: CPU or CUDA.
         repeats: runs of each measurement, at least 1; fewer where a run is slow.
+        head_start: GPU clocks that a full queue begins with.
     """
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    def __init__(self, device: torch.device, repeats: int, *, head_start: int = _HEAD_START) -> None:
+        self.device, self.repeats, self.head_start = device, repeats, head_start
         self._flush = None
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -63,8 +64,12 @@ class Stopwatch:
             wall = self._repeat(function, self._on_cpu)
             return Measured(wall, wall, None)
         memory = self._peak(function)
-        full = self._repeat(function, lambda f: self._on_gpu(f, _HEAD_START))
-        return Measured(full, self._repeat(function, lambda f: self._on_gpu(f, 0)), memory)
+        full = self._repeat(function, lambda f: self._on_gpu(f, self.head_start))
+        return Measured(full, self.eager(function), memory)
+
+    def eager(self, function: Callable[[], object]) -> Timing:
+        """Eager time of a function that has been called before."""
+        return self._repeat(function, self._on_cpu if self._flush is None else lambda f: self._on_gpu(f, 0))
 
     def _repeat(self, function: Callable[[], object], once: Callable[[Callable[[], object]], float]) -> Timing:
         times: list[float] = []

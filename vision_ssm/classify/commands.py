@@ -59,4 +59,36 @@ def pack(weights: Path, output: Path) -> int:
     return run_pack(weights, output)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"train": train, "val": val, "predict": predict, "pack": pack}
+def convert(file: Path, output: Path) -> int:
+    """Convert published Vim or VMamba weights (.pth) to a checkpoint folder. No code in the file is run.
+
+    Args:
+        file: The .pth, .pt or .safetensors file.
+        output: Folder to write.
+    """
+    from vision_ssm.classify.convert import run_convert
+
+    return run_convert(file, output)
+
+
+def summary(network: str, *, classes: int = 1000, side: int = 224) -> int:
+    """Parameters and FLOPs of a network; scans are counted, and it says how.
+
+    Args:
+        network: A name of timm's, or vssm_vim_*, vssm_vmamba_*, mamba_yolo_*.
+        classes: Classes of its last layer.
+        side: Of the square image, in pixels.
+    """
+    from vision_ssm.classify.summary import run_summary
+
+    return run_summary(network, classes=classes, side=side)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "val": val,
+    "predict": predict,
+    "pack": pack,
+    "convert": convert,
+    "summary": summary,
+}

@@ -7,13 +7,15 @@ from typing import Any, Literal
 from vision_ssm.errors import UserError
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
+Statistics = Literal["plain", "imagenet"]
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """The network."""
 
     name: str = "resnet10t"
-    """Any of timm's names (`timm.list_models()`)."""
+    """Any of timm's names (`timm.list_models()`), or ours: vssm_vim_*, vssm_vmamba_*, mamba_yolo_*."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of timm.create_model for it, such as {"drop_rate": 0.1} or {"channels": [32, 48, 64, 96]}."""
 
@@ -34,6 +36,8 @@ class ClassifyDataConfig:
     """Largest random shift, as a share of the side; what leaves the picture is reflected."""
     color: float = 0.2
     """Strength of random brightness and contrast."""
+    statistics: Statistics = "plain"
+    """Mean and deviation that pixels are normalised by; imagenet: those that published weights expect."""
 
     def __post_init__(self) -> None:
         if self.side < 8:

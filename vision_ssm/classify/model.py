@@ -1,23 +1,29 @@
 """A trained classifier: network, classes and preprocessing, loaded from one folder."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vision_ssm.checkpoint import load_checkpoint, load_matching
-from vision_ssm.classify.config import NetworkConfig
+from vision_ssm.classify.config import NetworkConfig, Statistics
 from vision_ssm.config import near_match
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import shipped_or_path
 
-MEAN, STD = 0.5, 0.25
-"""Of pixel values from 0 to 1, for all channels: the networks are trained here, not on ImageNet's statistics."""
-
+STATISTICS: dict[Statistics, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "plain": ((0.5,), (0.25,)),
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+"""Mean and deviation of pixel values from 0 to 1, for all channels or each."""
+OURS = ("vision_ssm.backbones", "detection.backbone")
+"""Modules that register our networks in timm; imported when a name is not known without them."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 
@@ -33,18 +39,22 @@ def build_network(config: NetworkConfig, classes: int) -> nn.Module:
     Raises:
         UserError: no such network, or it does not take the options.
     """
+    for module in OURS:
+        if not timm.is_model(config.name):
+            importlib.import_module(module)
     if not timm.is_model(config.name):
         raise UserError(f"timm has no network {config.name!r}{near_match(config.name, timm.list_models())}")
     try:
         return timm.create_model(config.name, pretrained=False, num_classes=classes, **config.options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # timm asserts some of its arguments
         raise UserError(f"timm cannot build {config.name} with {config.options}: {error}") from None
 
 
-def normalized(images: Tensor) -> Tensor:
+def normalized(images: Tensor, statistics: Statistics = "plain") -> Tensor:
     """(B, 3, H, W) uint8, or floats from 0 to 1, as networks see them."""
     floats = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (floats - MEAN) / STD
+    mean, std = (floats.new_tensor(values)[:, None, None] for values in STATISTICS[statistics])
+    return (floats - mean) / std
 
 
 class Classifier:
@@ -55,10 +65,19 @@ class Classifier:
         classes: their names.
         side: of the squares it was trained on, in pixels.
         accuracy: share of the validation pictures it gets right, for reports; None if unknown.
+        statistics: what its pixels are normalised by.
     """
 
-    def __init__(self, network: nn.Module, classes: Sequence[str], side: int, accuracy: float | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Sequence[str],
+        side: int,
+        accuracy: float | None = None,
+        statistics: Statistics = "plain",
+    ) -> None:
         self.network, self.classes, self.side, self.accuracy = network.eval(), tuple(classes), side, accuracy
+        self.statistics: Statistics = statistics
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> "Classifier":
@@ -71,7 +90,13 @@ class Classifier:
         weights, config = load_checkpoint(path)
         network = classifier_from(weights, config, path)
         scores = config.get("trained", {}).get("best", {})
-        return cls(network.to(choose_device(device)), config["classes"], config["side"], scores.get("accuracy"))
+        statistics = config.get("statistics", "plain")
+        if statistics not in STATISTICS:
+            allowed = " or ".join(STATISTICS)
+            raise UserError(f"{path}: config.json is damaged: statistics is {statistics!r}, allowed is {allowed}")
+        return cls(
+            network.to(choose_device(device)), config["classes"], config["side"], scores.get("accuracy"), statistics
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
@@ -87,7 +112,7 @@ class Classifier:
         device = next(self.network.parameters()).device
         features, probabilities = [], []
         for part in images.split(batch_size):
-            batch = normalized(part.to(device))
+            batch = normalized(part.to(device), self.statistics)
             if batch.shape[-2:] != (self.side, self.side):
                 batch = nn.functional.interpolate(batch, (self.side, self.side), mode="bilinear", antialias=True)
             pooled = self.network.forward_head(self.network.forward_features(batch), pre_logits=True)  # type: ignore[operator]

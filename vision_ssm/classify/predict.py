@@ -85,7 +85,7 @@ def run_pack(weights: Path, output: Path) -> int:
     """
     tensors, config = load_checkpoint(weights)
     classifier_from(tensors, config, weights)
-    kept = {name: config[name] for name in ("task", "network", "classes", "side") if name in config}
+    kept = {name: config[name] for name in ("task", "network", "classes", "side", "statistics") if name in config}
     best = config.get("trained", {}).get("best", {})
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     save_checkpoint(output, halves, {**kept, "trained": {"best": best}})

@@ -96,6 +96,7 @@ class ClassifyTask(Task):
             "network": settings["network"],
             "classes": self.classes,
             "side": self.settings.data.side,
+            "statistics": self.settings.data.statistics,
             "settings": settings,
         }
 
@@ -103,9 +104,12 @@ class ClassifyTask(Task):
         """The network, with the weights it starts from (a resumed run has its own)."""
         network = build_network(self.settings.network, len(self.classes))
         if self.settings.weights is not None and not self.resumed:
-            report = load_matching(network, load_checkpoint(self.settings.weights)[0])
+            weights, config = load_checkpoint(self.settings.weights)
+            report = load_matching(network, weights)
             if is_main_process():
                 print(f"starting from {self.settings.weights}\n{report}")
+                if (statistics := config.get("statistics", "plain")) != self.settings.data.statistics:
+                    print(f"note: these weights expect pixels normalised otherwise: --data.statistics {statistics}")
         return network
 
     def train_data(self) -> Dataset:
@@ -115,14 +119,16 @@ class ClassifyTask(Task):
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Cross entropy, and the share of pictures that are right."""
         images, labels = batch
-        scores = model(normalized(images))
+        scores = model(normalized(images, self.settings.data.statistics))
         smoothing = self.settings.label_smoothing
         entropy = nn.functional.cross_entropy(scores, labels, label_smoothing=smoothing)
         return {"loss": entropy, "accuracy": (scores.detach().argmax(1) == labels).float().mean()}
 
     def evaluate(self, model: nn.Module, run: RunInfo) -> dict[str, float]:
         """Accuracy and negative log-likelihood on the validation pictures."""
-        return scores_of(Classifier(model, self.classes, self.settings.data.side), self.val_squares, self.val_labels)
+        data = self.settings.data
+        classifier = Classifier(model, self.classes, data.side, statistics=data.statistics)
+        return scores_of(classifier, self.val_squares, self.val_labels)
 
     def first_batch(self, batch: Any, run_dir: Path) -> None:
         """Save the first batch as a picture."""

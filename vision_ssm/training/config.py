@@ -95,6 +95,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights, losses and optimiser stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    graph: bool = False
+    """Capture the network's forward and backward passes as CUDA graphs, one for each size of a batch: small networks
+    then wait no more for Python. For one process; on a CPU it changes nothing."""
     seed: int = 0
     clip: float | None = 10.0
     """Largest norm of the gradient; null for no clipping."""

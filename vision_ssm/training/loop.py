@@ -20,6 +20,7 @@ from vision_ssm.training.batches import BatchStream, iterate_batches, load_batch
 from vision_ssm.training.config import TrainConfig
 from vision_ssm.training.ema import Ema, PowerEma
 from vision_ssm.training.environment import lost_peer, make_accelerator, out_of_memory_message, train_mode
+from vision_ssm.training.graphs import GraphedNetwork
 from vision_ssm.training.guard import NonFiniteGuard, name_non_finite
 from vision_ssm.training.interrupt import StopRequest
 from vision_ssm.training.log import Row, RunLog
@@ -104,6 +105,7 @@ class _Trainer:
         self.model = accelerator.prepare_model(self.raw)
         accelerator.prepare_model(self.ema.module, evaluation_mode=True)
         train_mode(self.model)
+        self.graphs = self._graphs()
         self.guard = NonFiniteGuard(self.device)
         self.meter = Meter()
         self.step = self.first_step = 0
@@ -166,8 +168,10 @@ class _Trainer:
         for number in range(first, end):
             batch = self._next(batches)
             with nullcontext() if number == end - 1 else self.accelerator.no_sync(self.model):
-                losses = self._loss(self.model, batch, number)
+                losses = self._loss(self.graphs or self.model, batch, number)
                 self.accelerator.backward(losses["loss"] * scale)
+            if self.graphs and number < end - 1:
+                self.graphs.own_gradients()
             self.meter.add(losses)
             total += losses["loss"].detach()
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), config.clip or float("inf"))
@@ -184,6 +188,13 @@ class _Trainer:
         self.step += 1
         for average in (self.ema, *self.averages.values()):
             average.update(self.raw, self.step)
+
+    def _graphs(self) -> GraphedNetwork | None:
+        if not self.config.graph or self.device.type != "cuda":
+            return None
+        if self.processes > 1:
+            raise UserError(f"train.graph is for one process, there are {self.processes}; train without it")
+        return GraphedNetwork(self.model)
 
     def _everywhere(self, flag: Tensor) -> Tensor:
         if self.processes == 1:
@@ -387,8 +398,9 @@ class _Trainer:
         parts = sum(parameter.numel() for parameter in self.raw.parameters())
         trained = sum(parameter.numel() for parameter in self.raw.parameters() if parameter.requires_grad)
         begin = f"from step {self.step + 1}" if self.step else "from the beginning"
+        graphs = ", CUDA graphs" if self.graphs else ", no graphs: there is no GPU" if self.config.graph else ""
         return (
             f"{self.run_dir}: {trained:,} of {parts:,} parameters, {self.stream.length} samples, {self.plan.epochs} "
             f"epochs ({self.plan.steps} steps of {self.config.batch_size} x {self.plan.accumulate}) {begin}, "
-            f"{self.processes} x {self.device.type}, {self.config.precision}"
+            f"{self.processes} x {self.device.type}, {self.config.precision}{graphs}"
         )

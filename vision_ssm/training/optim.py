@@ -13,12 +13,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters in three named groups: ``decay``, ``no_decay`` and ``bias``.
 
     ``bias`` holds every parameter with "bias" in its name, ``no_decay`` the weights of normalisation layers and the
-    parameters that the model marks with an attribute ``_no_weight_decay = True``; all others decay. Empty groups are
-    left out.
+    parameters that the model marks with an attribute ``_no_weight_decay = True`` or, as timm's networks do, names by a
+    method ``no_weight_decay()``; all others decay. Empty groups are left out.
     """
     members: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "bias": []}
     seen: set[int] = set()
-    for module in model.modules():
+    named = getattr(model, "no_weight_decay", set)()
+    for prefix, module in model.named_modules():
         is_norm = "Norm" in type(module).__name__  # also those of timm and our own
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in seen:
@@ -26,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             seen.add(id(parameter))
             if "bias" in name:
                 members["bias"].append(parameter)
-            elif is_norm or getattr(parameter, "_no_weight_decay", False):
+            elif is_norm or getattr(parameter, "_no_weight_decay", False) or f"{prefix}.{name}".lstrip(".") in named:
                 members["no_decay"].append(parameter)
             else:
                 members["decay"].append(parameter)

@@ -1,0 +1,1 @@
+"""Small measurements of what a sequence mixer remembers, smooths, expresses and learns in context."""
