@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.observe import announce
+from vision_ssm.mixing import MixingMatrix
+
 BUCKETS, MAX_DISTANCE = 32, 32
 ROTATED = 32
 """At most so many channels of a head are rotated."""
@@ -56,7 +59,7 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([turned, x[..., width:]], dim=-1)
 
 
-class _Heads(nn.Module):
+class _Heads(MixingMatrix, nn.Module):
     """Projection to queries, keys and values of all heads, and back."""
 
     def __init__(self, dim: int, *, heads: int, head_width: int) -> None:
@@ -110,5 +113,7 @@ class TemporalLinearAttention(_Heads):
         x = x if x.ndim > 3 else x.unsqueeze(2)
         q, k, v = self.split(x)
         q = rotate(q).softmax(-1) * q.shape[-1] ** -0.5
-        context = rotate(k).softmax(-2).transpose(-1, -2) @ v
-        return self.join(q @ context, shape)
+        k = rotate(k).softmax(-2)
+        y = q @ (k.transpose(-1, -2) @ v)
+        announce("attention", y, q, k, v)
+        return self.join(y, shape)

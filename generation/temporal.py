@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from generation.frame_attention import TemporalAttention, TemporalLinearAttention
 from kernels import causal_conv1d, selective_scan
 from vision_ssm.errors import UserError
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.s4d import S4D
 from vision_ssm.scan_parameters import ScanParameters, exact, spare_from_decay
 
@@ -28,7 +29,7 @@ CONV_SIZE = 4
 """Taps of the depthwise convolutions of `MambaLayer`."""
 
 
-class S6(nn.Module):
+class S6(MixingMatrix, nn.Module):
     """Selective scan with its projections but no convolution and no gate (Gu and Dao, 2023).
 
     Shape: (B, F, ..., C) -> (B, F, ..., C)
@@ -68,7 +69,7 @@ class S6(nn.Module):
 SCANS: dict[str, type[S4D] | type[S6]] = {"s4d": S4D, "s6": S6}
 
 
-class GLULayer(nn.Module):
+class GLULayer(MixingMatrix, nn.Module):
     """Each direction is a scan, an activation and a gated linear unit; their sum may pass an MLP.
 
     Version 1 of the paper with an MLP ("bi-s4d", the figure in its repository), version 2 of its successor without.
@@ -110,7 +111,7 @@ class GLULayer(nn.Module):
         return self.mlp(_sum(branch(x) for branch in self.branches))
 
 
-class MLPLayer(nn.Module):
+class MLPLayer(MixingMatrix, nn.Module):
     """The scans of both directions side by side, then an MLP ("mixing MLP", version 1 of the successor's layers).
 
     Shape: (B, F, ..., C) -> (B, F, ..., C)
@@ -143,7 +144,7 @@ class MLPLayer(nn.Module):
         return self.mlp(F.gelu(torch.cat([scan(x) for scan in self.scans], dim=-1)))
 
 
-class GatedLayer(nn.Module):
+class GatedLayer(MixingMatrix, nn.Module):
     """Product of three gates: a shortcut and the scans of both directions (GSS, BiGS; version 10).
 
     Shape: (B, F, ..., C) -> (B, F, ..., C)
@@ -213,7 +214,7 @@ class ConvolvedScan(nn.Module):
         return self.scan(cast(Tensor, u))
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(MixingMatrix, nn.Module):
     """Gated scan with short convolutions, as in Mamba and Vision Mamba (version 20); the directions are summed.
 
     Shape: (B, F, ..., C) -> (B, F, ..., C)

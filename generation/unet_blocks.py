@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.observe import announce
+from vision_ssm.mixing import MixingMatrix
+
 HEAD_WIDTH = 32
 """Of both spatial attentions, whatever the temporal heads are."""
 NORM_EPS = 1e-5
@@ -101,7 +104,7 @@ class PreNorm(nn.Module):
         return x + self.layer(self.norm(x), *extra)
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(MixingMatrix, nn.Module):
     """Softmax attention over the places of every frame.
 
     Shape: (B, F, H, W, C) -> (B, F, H, W, C)
@@ -124,7 +127,7 @@ class SpatialAttention(nn.Module):
         return self.to_out(y).reshape(x.shape)
 
 
-class SpatialLinearAttention(nn.Module):
+class SpatialLinearAttention(MixingMatrix, nn.Module):
     """Attention over the places of every frame with a cost linear in their number.
 
     Shape: (B, F, H, W, C) -> (B, F, H, W, C)
@@ -143,8 +146,9 @@ class SpatialLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         q, k, v = _places(self.to_qkv(x), self.heads)
-        context = k.softmax(-2).transpose(-1, -2) @ v
-        y = (q.softmax(-1) * HEAD_WIDTH**-0.5) @ context
+        q, k = q.softmax(-1) * HEAD_WIDTH**-0.5, k.softmax(-2)
+        y = q @ (k.transpose(-1, -2) @ v)
+        announce("attention", y, q, k, v)
         return self.to_out(y.transpose(1, 2).flatten(2)).reshape(x.shape)
 
 

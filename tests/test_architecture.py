@@ -69,6 +69,7 @@ def test_kernels_imports_torch_and_little_else():
         "import generation.commands",
         "import generation.config",
         "import vision_ssm.classify.commands",
+        "import vision_ssm.explain.commands",
         "import vision_ssm.probe.commands",
         "from vision_ssm.cli import main; main(['detect', '--help']); main(['detect', 'train', '--help'])",
     ],

@@ -28,6 +28,7 @@ TASKS = {
     "generate": ("generation.commands", "make pictures and videos: train, sample, score"),
     "classify": ("vision_ssm.classify.commands", "name what a picture shows: train, score, predict"),
     "distill": ("vision_ssm.distill.commands", "make a state-space network of a trained vision transformer"),
+    "explain": ("vision_ssm.explain.commands", "see what a network looks at: heat maps and their test"),
     "bench": ("vision_ssm.bench.commands", "time the kernels against this machine's limits"),
     "probe": ("vision_ssm.probe.commands", "measure a mixer: what it remembers, smooths, expresses, learns in context"),
 }

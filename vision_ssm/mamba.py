@@ -9,12 +9,13 @@ from kernels import selective_scan
 from kernels.selective_scan.op import Backend
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.scan_parameters import ScanParameters, present_only
 
 # Shapes: B batch, L tokens, C model width, D = expand * C inner channels, N state size, R rank of the step size.
 
 
-class DirectionalScan(nn.Module):
+class DirectionalScan(MixingMatrix, nn.Module):
     """One reading direction of the mixer: short convolution, projections, gated selective scan.
 
     Nothing is reversed in memory: the backward direction convolves with the mirrored kernel and scans from the end.
@@ -92,7 +93,7 @@ class DirectionalScan(nn.Module):
         return y, final, memory
 
 
-class BidirectionalMamba(nn.Module):
+class BidirectionalMamba(MixingMatrix, nn.Module):
     """Mixer that scans the tokens forwards and backwards; every token sees all others.
 
     Both directions share the input projection, the gate and the output projection; convolution, projections and scan

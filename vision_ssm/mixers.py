@@ -18,6 +18,7 @@ from vision_ssm.errors import UserError
 from vision_ssm.mamba import DirectionalScan
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.s4d import S4D
 from vision_ssm.scan_parameters import DT_FLOOR, DT_MAX, DT_MIN, exact, spare_from_decay
 
@@ -259,7 +260,7 @@ class ScanMixer(Mixer):
         return y
 
 
-class GatedScanMixer(ScanMixer):
+class GatedScanMixer(MixingMatrix, ScanMixer):
     """Vision Mamba's frame: input projection, gate and output projection shared by the directions, the rest not.
 
     Args:
@@ -295,7 +296,7 @@ class S4DMixer(GatedScanMixer):
     direction = S4DDirection
 
 
-class SSDMixer(ScanMixer):
+class SSDMixer(MixingMatrix, ScanMixer):
     """Mamba-2's mixer in two directions: products of matrices instead of a scan, so it suits GPUs best.
 
     The projections of input, B, C and step sizes are shared by the directions; convolution, decays and biases are not.
@@ -341,7 +342,7 @@ class GatedConvMixer(ScanMixer):
         self.out_proj = nn.Linear(EXPAND * dim, dim, bias=False)
 
 
-class NonCausalSSDMixer(Mixer):
+class NonCausalSSDMixer(MixingMatrix, Mixer):
     """SSD without an order (VSSD, 2024): every position reads one sum over all; a short convolution knows the order.
 
     Args:
@@ -382,7 +383,7 @@ class NonCausalSSDMixer(Mixer):
         return from_lines(self.out_proj(gated_norm(y.flatten(-2), z, self.norm)), shape, axis)
 
 
-class AttentionMixer(Mixer):
+class AttentionMixer(MixingMatrix, Mixer):
     """Softmax attention with several heads: all pairs of positions, so the cost grows with the square of the length.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import ssd_2d, ssd_noncausal
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
 from vision_ssm.mixers import HEAD_WIDTH, AttentionMixer, first_steps, learned_heads, present_heads
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.s4d import S4D
 from vision_ssm.scan_parameters import Init, exact, spare_from_decay
 from vision_ssm.ss2d import DIRECTIONS, SS2D, Act, GatedMap, build_replays, replayed, sum_of, to_maps, to_pixels
@@ -25,7 +26,7 @@ SSD_STATES, NC_STATES, S4D_STATES = 16, 64, 16
 """N. Four directions have B and C of their own: with 16 states, as SS2D, ssd has about its number of weights."""
 
 
-class SSD2D(GatedMap):
+class SSD2D(MixingMatrix, GatedMap):
     """SS2D with Mamba-2's scan: one decay per head and direction instead of one per channel and state.
 
     Of the heads, the first ``polar[0]`` have decay 1, the last ``polar[1]`` decay 0. Heads have 64 channels, or the
@@ -90,7 +91,7 @@ class SSD2D(GatedMap):
         return y.flatten(-2)
 
 
-class NonCausalSSD2D(GatedMap):
+class NonCausalSSD2D(MixingMatrix, GatedMap):
     """SSD without an order over all pixels (VSSD, 2024): every pixel reads one sum; the convolution knows the places.
 
     Shape: (B, H, W, C) -> (B, H, W, C)
@@ -128,7 +129,7 @@ class NonCausalSSD2D(GatedMap):
         return self.norm(y.flatten(-2)).to(x.dtype)
 
 
-class S4D2D(GatedMap):
+class S4D2D(MixingMatrix, GatedMap):
     """S4D along every row and every column, both ways: a pixel sees its own row and column.
 
     Shape: (B, H, W, C) -> (B, H, W, C)

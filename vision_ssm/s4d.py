@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from kernels import s4d
 from vision_ssm.errors import UserError
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.scan_parameters import DT_MAX, DT_MIN, exact, spare_from_decay
 
 
-class S4D(nn.Module):
+class S4D(MixingMatrix, nn.Module):
     """Diagonal state space with constant coefficients (Gu et al., 2022; initialised as S4D-Lin).
 
     Shape: (B, L, ..., C) -> (B, L, ..., C)

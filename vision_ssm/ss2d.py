@@ -12,6 +12,7 @@ from kernels import selective_scan_2d
 from kernels.selective_scan.op import Backend
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
+from vision_ssm.mixing import MixingMatrix
 from vision_ssm.scan_parameters import Init, ScanParameters, present_only
 
 # Shapes: B batch, H/W height and width, C model width, D = expand * C inner channels,
@@ -65,7 +66,7 @@ class GatedMap(nn.Module, ABC):
         return to_pixels(self.out_proj(to_maps(y)))
 
 
-class SS2D(GatedMap):
+class SS2D(MixingMatrix, GatedMap):
     """Four-direction scan: project, depthwise convolution, scan, norm, gate, project back.
 
     Deviations from the released modules, none of which changes a value: the input projection is kept as its two halves

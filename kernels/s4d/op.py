@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..observe import observed
 from ..selective_scan import checks
 from .torch_path import convolve, recur
 
@@ -28,6 +29,7 @@ def _as_given(u: Tensor) -> AbstractContextManager:
     return nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False)
 
 
+@observed("s4d")
 def s4d(
     u: Tensor, log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, D: Tensor | None = None, *,
     reverse: bool = False, dim: int = 1, initial_state: Tensor | None = None, return_final_state: bool = False,

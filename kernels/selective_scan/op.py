@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend
+from ..observe import observed
 from ..operators import as_given, refuse_second_derivative
 from . import checks, export_path, torch_path
 from .reference import (
@@ -143,6 +144,7 @@ _scan_op.register_autograd(_backward, setup_context=_setup_context)
 _scan_backward_op.register_autograd(refuse_second_derivative("selective_scan"))
 
 
+@observed("s6")
 def _canonical_scan(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None, *,

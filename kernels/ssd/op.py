@@ -15,6 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from ..observe import observed
 from ..operators import as_given, choose_without_c, refuse_second_derivative
 from ..selective_scan.op import DIRECTIONS
 from ..selective_scan.reference import LINES, LINES_REVERSED, step_sizes
@@ -120,6 +121,7 @@ _ssd_op.register_autograd(_backward, setup_context=_setup_context)
 _ssd_backward_op.register_autograd(refuse_second_derivative("ssd"))
 
 
+@observed("ssd")
 def _canonical_ssd(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, *,
@@ -292,6 +294,7 @@ def ssd_2d(
     return (y, final.squeeze(1)) if return_final_state else y
 
 
+@observed("ssd_noncausal")
 def ssd_noncausal(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
     dt_bias: Tensor | None = None, softplus: bool = False,
