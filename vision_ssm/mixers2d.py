@@ -129,7 +129,7 @@ class NonCausalSSD2D(MixingMatrix, GatedMap):
         return self.norm(y.flatten(-2)).to(x.dtype)
 
 
-class S4D2D(MixingMatrix, GatedMap):
+class S4D2D(GatedMap):
     """S4D along every row and every column, both ways: a pixel sees its own row and column.
 
     Shape: (B, H, W, C) -> (B, H, W, C)

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import nn
+from torch import Tensor, nn
 
 import detection.backbone  # noqa: F401  (timm knows the backbone by it)
 from detection.model import MambaYOLO
@@ -334,6 +334,18 @@ def test_what_a_pixel_sees(name):
     rows, columns = torch.arange(6)[:, None] <= 1, torch.arange(9) <= 1  # the 3x3 convolution reaches one pixel on
     expected = {"all": torch.ones(6, 9, dtype=torch.bool), "cross": rows | columns, "near": rows & columns}
     assert torch.equal(moved, expected[REACH[name]])
+
+
+@pytest.mark.parametrize("name", ["s6", "ssd", "nc_ssd"])
+def test_the_mixing_matrix_of_a_map_is_what_its_core_computes(name):
+    """Before the norm, of a head: M times the value, whatever the order of reading."""
+    module = scrambled(build_mixer2d(name, 32, init="vmamba", act="silu"))
+    x = torch.randn(1, 3, 4, 32, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+    module.norm.register_forward_hook(lambda norm, given, result: seen.update(mixed=given[0]))
+    value = module.act(module.conv(module.in_proj(x.permute(0, 3, 1, 2)))).flatten(2)  # (B, D, L)
+    matrix = module.mixing_matrix(x, reduce=None)  # (B, D, L, L)
+    assert_close("scan", (matrix @ value.unsqueeze(-1)).squeeze(-1).mT, seen["mixed"].flatten(1, 2), 1e-12)
 
 
 # --- stacks and networks
