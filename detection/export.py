@@ -140,8 +140,9 @@ def export_detector(
     _check_arguments(output, format, operators, image_size)
     pictures = _check_pictures(check_images)
     model, config = load_model(weights)
-    if model.config["mixer"] in ("ssd", "s4d"):
-        raise UserError(f"{weights} has the mixer {model.config['mixer']}, which has no form for export; s6 has")
+    mixer = config.get("model", {}).get("mixer", "s6")
+    if mixer in ("ssd", "s4d"):
+        raise UserError(f"{weights} has the mixer {mixer}, which has no form for export; s6 has")
     facts = {"names": list(config["names"]), "stride": STRIDES[-1], "image_size": image_size, "task": "detect"}
     with replacing(output) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own internals

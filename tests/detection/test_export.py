@@ -178,7 +178,6 @@ def test_mamba_yolo_as_onnx(mamba_yolo, tmp_path, monkeypatch):
     report = export_detector(folder, path, image_size=640)
     assert report.box_error < 0.01
     assert report.score_error < 1e-5
-    assert report.slowdown < 3
     assert report.peak_memory is None or report.peak_memory < 3e9
     agrees_at_all_shapes(path, model)
 
