@@ -48,7 +48,7 @@ def load_model(path: str | Path) -> tuple[Restorer, WeightsCard]:
     """
     weights, values = load_checkpoint(resolve_weights(path))
     try:
-        if is_official(weights):
+        if not values and is_official(weights):  # a checkpoint with a config is never a published file
             weights = from_official(weights)
             values = _published_card(weights).to_dict()
         card = WeightsCard.from_dict(values)

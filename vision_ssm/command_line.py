@@ -70,7 +70,7 @@ def _add_parameter(parser: ArgumentParser, parameter: inspect.Parameter, hint: A
     text = text or name.replace("_", " ")  # jsonargparse shows type and default only beside some text
     item = _item_type(hint)
     required = default is inspect.Parameter.empty
-    many: dict[str, Any] = {} if item is hint else {"nargs": "+" if required else "*"}
+    many: dict[str, Any] = {} if item is hint else {"nargs": "+"}
     flags = ["-o", "--output"] if name == "output" else [f"--{name}"]
     if required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
         parser.add_argument(name, type=item, help=text, **many)

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels  # noqa: F401 (registers the scan operator, which a network without scans has not)
+
 SCAN_OPERATIONS = 9
 """Operations per step of one state of one channel in one direction, the count that VMamba published."""
 

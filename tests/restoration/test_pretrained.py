@@ -171,3 +171,9 @@ def test_public_names_import() -> None:
         assert getattr(restoration, name).__name__ == name
     with pytest.raises(AttributeError, match="'restoration' has no attribute 'Nothing'"):
         restoration.Nothing
+
+
+def test_a_classifier_with_a_published_name_is_no_restorer(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "vim", {"patch_embed.proj.weight": torch.zeros(2)}, {"task": "classify"})
+    with pytest.raises(UserError, match=r"vim: config\.json lacks model"):
+        load_model(tmp_path / "vim")

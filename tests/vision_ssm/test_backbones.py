@@ -258,6 +258,8 @@ def test_other_weights_are_refused(tmp_path) -> None:
 def test_summary_counts(capsys) -> None:
     assert call("vssm classify summary", COMMANDS["summary"], ["mamba_yolo_t", "--side", "32"]) == 0
     assert "mamba_yolo_t: 3,107,384 parameters; at 32x32" in capsys.readouterr().out
+    assert call("vssm classify summary", COMMANDS["summary"], ["resnet10t", "--side", "32"]) == 0
+    assert "0.00 of them in scans" in capsys.readouterr().out
     with pytest.raises(UserError, match="32 pixels and more, got 16x16"):
         call("vssm classify summary", COMMANDS["summary"], ["mamba_yolo_t", "--side", "16"])
     with pytest.raises(UserError, match="global_pool must be token"):

@@ -241,6 +241,8 @@ def test_commands_write_a_table_json_and_a_plot(arguments, tmp_path, capsys):
         (["recency", "s4d", "--state-size", "3"], "even for s4d"),
         (["icl", "s6", "--task", "mqar", "--points", "200"], "vocabulary"),
         (["icl", "s6", "--task", "parity", "--dims", "2"], "at least 3"),
+        (["icl", "s6", "--task", "linreg", "--lr", "-1"], "above 0"),
+        (["expressivity", "s6", "--layers"], "expected at least one argument"),
         (["expressivity", "s6", "--paths", "10"], "at least 1000"),
         (["sampling", "s6", "--seeds", "0"], "at least 1"),
     ],

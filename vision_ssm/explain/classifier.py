@@ -19,7 +19,7 @@ from vision_ssm.explain.maps import combine, make_maps
 from vision_ssm.explain.page import Panel, write_page
 from vision_ssm.explain.perturb import perturbation_test
 from vision_ssm.explain.recording import Layer, Recording, record
-from vision_ssm.files import write_text
+from vision_ssm.files import check_writable, write_text
 
 READING = (
     "Bright places count most. Attribution: how much each place changed the score of the class through the scans, for "
@@ -131,6 +131,10 @@ def run_perturb(
     for name, value in (("cells", cells), ("count", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}")
+    if output is not None:
+        if output.is_dir():
+            raise UserError(f"output is the folder {output}; give a file such as {output / 'test.json'}")
+        check_writable(output.parent)
     classifier = Classifier.load(weights, device=device)
     if cells > classifier.side:
         raise UserError(f"cells must be at most the pictures' {classifier.side} pixels, got {cells}")

@@ -138,7 +138,7 @@ def point_of(query: str, height: int, width: int) -> tuple[int, int]:
         UserError: not two whole numbers, or outside of the picture.
     """
     parts = query.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--query is {query!r}; expected a pixel as x,y such as 120,64, counted from the upper left")
     x, y = map(int, parts)
     if x >= width or y >= height:

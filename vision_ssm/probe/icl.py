@@ -45,6 +45,8 @@ class ICLOptions:
         for name in ("points", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise UserError(f"lr must be above 0, got {self.lr}")
         least = HIDDEN + 1 if self.task == "parity" else 1
         if self.dims < least:
             raise UserError(f"dims must be at least {least} for {self.task}, got {self.dims}")
