@@ -51,7 +51,7 @@ class QAConfig:
     max_answer: int = 64
     """Longest answer in code points."""
     mixer: str = "s6"
-    """s6, ssd, s4d, attention or gated_conv; one for every layer, or layer by layer, joined by +."""
+    """s6, ssd, nc_ssd, s4d, attention or gated_conv; one for every layer, or layer by layer, joined by +."""
     layers: int = 2
     dim: int = 48
     state_size: int | None = None

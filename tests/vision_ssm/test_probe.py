@@ -6,28 +6,17 @@ import pytest
 import torch
 
 from vision_ssm import cli
+from vision_ssm.mixer_config import ScanOptions
+from vision_ssm.mixers import AttentionMixer
 from vision_ssm.probe import digits, expressivity, icl, recency, sampling, smooth
-from vision_ssm.probe.mixers import NAMES, build
 from vision_ssm.probe.stack import Stack, StackConfig
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_mixers_see_what_they_should(name, causal):
-    torch.manual_seed(0)
-    x = torch.randn(2, 13, 12, requires_grad=True)
-    mixer = build(name, 12, causal=causal)
-    (grad,) = torch.autograd.grad(mixer(x)[:, 6].sum(), x)
-    ahead, behind = grad[:, 7:].abs().max(), grad[:, 3:6].abs().max()
-    assert behind > 1e-5
-    assert ahead < 1e-6 if causal else ahead > 1e-5
 
 
 @pytest.mark.parametrize("name", ["s6", "ssd", "s4d"])
 def test_log_decays_are_those_of_the_scan(name):
     """Transmission is a product of numbers in (0, 1) that falls with distance."""
     torch.manual_seed(0)
-    decays = build(name, 8, causal=True).log_decays(torch.randn(2, 11, 8))
+    decays = recency.log_decays(StackConfig.of(name, 1, dim=32).build(0), torch.randn(2, 11, 32))
     assert decays.max() < 0
     mean, best = recency.transmission(decays)
     assert mean[0] == best[0] == 1
@@ -35,23 +24,43 @@ def test_log_decays_are_those_of_the_scan(name):
     torch.testing.assert_close(mean[2], decays[:, -2:].sum(1).exp().mean())
 
 
+@pytest.mark.parametrize("name, ones, zeros", [("s6", 2, 1), ("ssd", 1, 2), ("s4d", 1, 0)])
+def test_polar_states_keep_all_or_nothing(name, ones, zeros):
+    """Of the states that decay separately (one a head in ssd), the share that polar takes."""
+    torch.manual_seed(0)
+    options = ScanOptions((ones, zeros))
+    config = StackConfig.of(name, 1, dim=128, state_size=None if name == "ssd" else 2, options=options)
+    with torch.no_grad():
+        decays = recency.log_decays(config.build(0), torch.randn(2, 11, 128), options)
+    states = {"s6": 2 + ones + zeros, "ssd": 4, "s4d": 1 + ones}[name]  # s4d: a complex mode has one
+    assert (decays == 0).float().mean().item() == pytest.approx(ones / states)
+    assert (decays == -torch.inf).float().mean().item() == pytest.approx(zeros / states)
+    mean, best = recency.transmission(decays)
+    assert (best == 1).all()
+    assert ones / states < mean[-1] < 1 - zeros / states
+
+
+@pytest.mark.parametrize("name", ["attention", "gated_conv", "nc_ssd"])
+def test_mixers_without_a_scan_have_no_decays(name):
+    mixer = StackConfig.of(name, 1, dim=32, causal=False).build(0)
+    assert recency.log_decays(mixer, torch.randn(1, 5, 32)) is None
+
+
 def test_s6_decays_against_its_impulse_response():
     """An impulse into a scan whose step sizes are constant dies as the decays say."""
     torch.manual_seed(0)
-    mixer = build("s6", 4, state_size=1, causal=True)
-    scan = mixer.scans[0]
-    scan.scan.dt_weight.data.zero_()
-    decays = mixer.log_decays(torch.randn(1, 9, 4))
+    mixer = StackConfig.of("s6", 1, dim=4, state_size=1).build(0)
+    scan = mixer.forwards.scan
+    scan.dt_weight.data.zero_()
+    decays = recency.log_decays(mixer, torch.randn(1, 9, 4))
     assert decays.shape == (1, 9, 8)
-    torch.testing.assert_close(
-        decays[0, 0], -torch.nn.functional.softplus(scan.scan.dt_bias[0]) * scan.scan.A_log[0, :, 0].exp()
-    )
+    torch.testing.assert_close(decays[0, 0], -torch.nn.functional.softplus(scan.dt_bias[0]) * scan.A_log[0, :, 0].exp())
 
 
 class Fading(torch.nn.Module):
     """y_t = sum_s 0.5^(t-s) x_s, each channel by itself."""
 
-    def forward(self, x):
+    def forward(self, x, axis):
         gap = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
         return torch.where(gap >= 0, 0.5 ** gap.clamp(min=0), 0.0) @ x
 
@@ -198,6 +207,16 @@ def test_stacks_are_read_layer_by_layer():
     torch.testing.assert_close(states[2][0], states[1][0] + states[2][1])
 
 
+def test_options_of_a_stack_are_those_of_its_scans():
+    options = ScanOptions((1, 1), smr=3)
+    mixed = StackConfig.of("s6+attention", 1, dim=8, state_size=5, options=options)
+    assert mixed.label == "s6+attention, polar 1 1, smr 3"
+    scan = mixed.build(0).forwards
+    assert scan.options == options
+    assert scan.split[1] == 5 + 2
+    assert isinstance(mixed.build(1), AttentionMixer)
+
+
 def test_causal_reader_of_the_last_token_has_a_recency_bias():
     """Noise on the last pixels costs a causal classifier more than noise on the first."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -213,8 +232,9 @@ def test_causal_reader_of_the_last_token_has_a_recency_bias():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["recency", "s6", "gated_conv", "--dim", "8", "--length", "80", "--steps", "2"],
-        ["smooth", "s6", "--dim", "8", "--layers", "2", "--steps", "2"],
+        ["recency", "s6", "s6+gated_conv", "--dim", "8", "--length", "80", "--steps", "2", "--polar", "1", "1"],
+        ["smooth", "nc_ssd", "--dim", "32", "--layers", "2", "--steps", "2"],
+        ["smooth", "s6", "--smr", "3", "--dim", "8", "--layers", "2", "--steps", "2"],
         ["expressivity", "attention", "--dim", "8", "--layers", "1", "--no-references", "--paths", "1000"],
         ["icl", "s6+attention", "--task", "linreg", "--dim", "8", "--steps", "2", "--points", "4"],
         ["icl", "s4d", "--task", "mqar", "--dim", "8", "--steps", "2", "--points", "2", "--vocabulary", "16"],
@@ -235,10 +255,15 @@ def test_commands_write_a_table_json_and_a_plot(arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["recency", "s7"], "'s7' is no mixer"),
-        (["smooth", "s6", "--dim", "30"], "multiple of 4"),
+        (["recency", "s7"], "got 's7'"),
+        (["recency", "nc_ssd"], "cannot read forwards only"),
+        (["recency", "attention", "--polar", "1", "1"], "no recurrence"),
+        (["recency", "s6", "--polar", "1"], "two numbers"),
+        (["smooth", "gated_conv", "--state-size", "4"], "no states"),
+        (["smooth", "ssd", "--dim", "48"], "multiple of 32"),
+        (["smooth", "s6", "--dim", "0"], "at least 1"),
         (["recency", "s6", "--layers", "0"], "at least 1"),
-        (["recency", "s4d", "--state-size", "3"], "even for s4d"),
+        (["recency", "s4d", "--state-size", "3"], "even number"),
         (["icl", "s6", "--task", "mqar", "--points", "200"], "vocabulary"),
         (["icl", "s6", "--task", "parity", "--dims", "2"], "at least 3"),
         (["icl", "s6", "--task", "linreg", "--lr", "-1"], "above 0"),

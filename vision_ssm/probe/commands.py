@@ -1,14 +1,19 @@
 """`vssm probe VERB`: each function is a verb, its signature the flags, its docstring the help. Imports no torch.
 
-A stack of mixers is written as a name (s6, ssd, s4d, attention, gated_conv), which is taken for every layer, or layer
-by layer, s6+attention. Each verb prints a table and writes OUT/VERB.json and OUT/VERB.png.
+A stack of mixers is written as a name (s6, ssd, nc_ssd, s4d, attention, gated_conv), which is taken for every layer,
+or layer by layer, s6+attention. Each verb prints a table and writes OUT/VERB.json and OUT/VERB.png.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vision_ssm.probe.stack import StackConfig
 
 Task = Literal["linreg", "parity", "mqar", "retrieval"]
+NO_POLAR = [0, 0]
+"""Of every verb, never changed."""
 
 
 def recency(
@@ -17,6 +22,8 @@ def recency(
     layers: int = 2,
     dim: int = 32,
     state_size: int | None = None,
+    polar: list[int] = NO_POLAR,
+    smr: int = 0,
     causal: bool = True,
     pool: Literal["last", "mean"] = "last",
     length: int = 256,
@@ -30,7 +37,9 @@ def recency(
         stacks: Mixers to measure, such as s6 ssd s6+attention.
         layers: Of a stack that is written as one name.
         dim: Width.
-        state_size: States of a scan; 16 for s6, 64 for ssd and s4d if not given.
+        state_size: States of a scan; 16 for s6 and s4d, 64 for ssd and nc_ssd if not given.
+        polar: Channels of a scan's state that never forget, and that hold the present input alone, such as 1 1.
+        smr: Taps of the memory that is replayed into a scan's input, 0 for none.
         causal: Tokens see those before them only; --no-causal scans both ways.
         pool: What the classifier reads: its last token, or the mean of all.
         length: Tokens of the sequences on which influence is measured.
@@ -40,7 +49,7 @@ def recency(
     """
     from vision_ssm.probe.recency import RecencyOptions, measure
 
-    chosen = _stacks(stacks, layers, dim, state_size, causal)
+    chosen = _stacks(stacks, layers, dim, state_size, causal, polar, smr)
     return _run(measure, RecencyOptions(stacks=chosen, pool=pool, length=length, steps=steps, seed=seed), out)
 
 
@@ -50,6 +59,8 @@ def smooth(
     layers: int = 8,
     dim: int = 32,
     state_size: int | None = None,
+    polar: list[int] = NO_POLAR,
+    smr: int = 0,
     causal: bool = False,
     steps: int = 0,
     seed: int = 0,
@@ -61,7 +72,9 @@ def smooth(
         stacks: Mixers to measure, such as s6 ssd s6+attention.
         layers: Of a stack that is written as one name.
         dim: Width.
-        state_size: States of a scan; 16 for s6, 64 for ssd and s4d if not given.
+        state_size: States of a scan; 16 for s6 and s4d, 64 for ssd and nc_ssd if not given.
+        polar: Channels of a scan's state that never forget, and that hold the present input alone, such as 1 1.
+        smr: Taps of the memory that is replayed into a scan's input, 0 for none.
         causal: Tokens see those before them only.
         steps: Training steps on digits before measuring; 0 for random weights.
         seed: Of weights and data.
@@ -69,7 +82,7 @@ def smooth(
     """
     from vision_ssm.probe.smooth import SmoothOptions, measure
 
-    chosen = _stacks(stacks, layers, dim, state_size, causal)
+    chosen = _stacks(stacks, layers, dim, state_size, causal, polar, smr)
     return _run(measure, SmoothOptions(stacks=chosen, steps=steps, seed=seed), out)
 
 
@@ -79,6 +92,8 @@ def expressivity(
     layers: list[int] = [1, 2],  # noqa: B006 (a default for the command line, never changed)
     dim: int = 64,
     state_size: int | None = None,
+    polar: list[int] = NO_POLAR,
+    smr: int = 0,
     references: bool = True,
     paths: int = 8000,
     seed: int = 0,
@@ -90,7 +105,9 @@ def expressivity(
         stacks: Mixers to measure, such as s6 ssd s6+attention.
         layers: Depths of a stack that is written as one name, each a row.
         dim: Width.
-        state_size: States of a scan; 16 for s6, 64 for ssd and s4d if not given.
+        state_size: States of a scan; 16 for s6 and s4d, 64 for ssd and nc_ssd if not given.
+        polar: Channels of a scan's state that never forget, and that hold the present input alone, such as 1 1.
+        smr: Taps of the memory that is replayed into a scan's input, 0 for none.
         references: Begin with the random layers of the theory.
         paths: Random paths; the last quarter is scored.
         seed: Of weights and paths.
@@ -98,7 +115,7 @@ def expressivity(
     """
     from vision_ssm.probe.expressivity import ExpressivityOptions, measure
 
-    chosen = dict.fromkeys(c for n in layers for c in _stacks(stacks, n, dim, state_size, True))
+    chosen = dict.fromkeys(c for n in layers for c in _stacks(stacks, n, dim, state_size, True, polar, smr))
     return _run(measure, ExpressivityOptions(stacks=tuple(chosen), references=references, paths=paths, seed=seed), out)
 
 
@@ -109,6 +126,8 @@ def icl(
     layers: int = 2,
     dim: int = 64,
     state_size: int | None = None,
+    polar: list[int] = NO_POLAR,
+    smr: int = 0,
     dims: int = 5,
     points: int = 16,
     vocabulary: int = 256,
@@ -127,7 +146,9 @@ def icl(
             (the vector that belongs to the nearest key).
         layers: Of a stack that is written as one name.
         dim: Width.
-        state_size: States of a scan; 16 for s6, 64 for ssd and s4d if not given.
+        state_size: States of a scan; 16 for s6 and s4d, 64 for ssd and nc_ssd if not given.
+        polar: Channels of a scan's state that never forget, and that hold the present input alone, such as 1 1.
+        smr: Taps of the memory that is replayed into a scan's input, 0 for none.
         dims: Numbers in an x, a key or a value; parity needs at least 3.
         points: Examples or pairs in a sequence.
         vocabulary: Symbols of mqar, half of them keys.
@@ -140,7 +161,7 @@ def icl(
     """
     from vision_ssm.probe.icl import ICLOptions, measure
 
-    chosen = _stacks(stacks, layers, dim, state_size, True)
+    chosen = _stacks(stacks, layers, dim, state_size, True, polar, smr)
     options = ICLOptions(
         stacks=chosen, task=task, dims=dims, points=points, vocabulary=vocabulary, steps=steps, batch_size=batch_size,
         lr=lr, seed=seed, device=device,
@@ -154,6 +175,8 @@ def sampling(
     layers: int = 2,
     dim: int = 32,
     state_size: int | None = None,
+    polar: list[int] = NO_POLAR,
+    smr: int = 0,
     causal: bool = True,
     steps: int = 400,
     seeds: int = 3,
@@ -165,7 +188,9 @@ def sampling(
         stacks: Mixers to measure, such as s6 ssd s6+attention.
         layers: Of a stack that is written as one name.
         dim: Width.
-        state_size: States of a scan; 16 for s6, 64 for ssd and s4d if not given.
+        state_size: States of a scan; 16 for s6 and s4d, 64 for ssd and nc_ssd if not given.
+        polar: Channels of a scan's state that never forget, and that hold the present input alone, such as 1 1.
+        smr: Taps of the memory that is replayed into a scan's input, 0 for none.
         causal: Tokens see those before them only.
         steps: Training steps.
         seeds: Trainings of each stack; the table has mean and spread.
@@ -173,14 +198,20 @@ def sampling(
     """
     from vision_ssm.probe.sampling import SamplingOptions, measure
 
-    chosen = _stacks(stacks, layers, dim, state_size, causal)
+    chosen = _stacks(stacks, layers, dim, state_size, causal, polar, smr)
     return _run(measure, SamplingOptions(stacks=chosen, steps=steps, seeds=seeds), out)
 
 
-def _stacks(names: list[str], layers: int, dim: int, state_size: int | None, causal: bool):
+def _stacks(
+    names: list[str], layers: int, dim: int, state_size: int | None, causal: bool, polar: list[int], smr: int
+) -> "tuple[StackConfig, ...]":
+    from vision_ssm.mixer_config import ScanOptions
     from vision_ssm.probe.stack import StackConfig
 
-    return tuple(StackConfig.of(name, layers, dim=dim, state_size=state_size, causal=causal) for name in names)
+    options = ScanOptions(polar, smr)
+    return tuple(
+        StackConfig.of(name, layers, dim=dim, state_size=state_size, causal=causal, options=options) for name in names
+    )
 
 
 def _run(measure, options, out: Path) -> int:

@@ -96,7 +96,7 @@ def stack_features(config: StackConfig, steps: Tensor, seed: int) -> Tensor:
     for group in steps.float().split(GROUP):
         h = torch.cat([SPEED * group @ embed + constant, tail.expand(len(group), -1, -1)], dim=1)
         for i, mixer in enumerate(mixers):
-            added = mixer(F.layer_norm(h, (dim,)) if i else h)
+            added = mixer(F.layer_norm(h, (dim,)) if i else h, 1)
             h = h + F.layer_norm(added, (dim,))
         features.append(added[:, -READ:].flatten(1).double())
     return torch.cat(features)

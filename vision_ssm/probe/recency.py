@@ -6,11 +6,17 @@ loses its first, middle or last pixels to noise: a model without a recency bias 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.mixing import S4D, S6, SSD
 from vision_ssm.errors import UserError
+from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
+from vision_ssm.mixers import SCAN_MIXERS
+from vision_ssm.mixing import mixings
 from vision_ssm.probe import digits
 from vision_ssm.probe.report import Curve, Report
 from vision_ssm.probe.stack import Stack, StackConfig
@@ -49,13 +55,33 @@ def influence(mixer: nn.Module, x: Tensor) -> Tensor:
     For v of unit covariance, the mean square of v' J is that of the entries of J, so no Jacobian is formed.
     """
     x = x.detach().requires_grad_()
-    last = mixer(x)[:, -1]
+    last = mixer(x, 1)[:, -1]
     total = torch.zeros(x.shape[1], dtype=x.dtype)
     for _ in range(PROBES):
         (grad,) = torch.autograd.grad((last * torch.randn_like(last)).sum(), x, retain_graph=True)
         total += grad.square().mean((0, 2))
     curve = total.sqrt().flip(0)
     return curve / curve[0]
+
+
+def log_decays(mixer: nn.Module, x: Tensor, options: ScanOptions = NO_OPTIONS) -> Tensor | None:
+    """(B, L, M): what every step of the forward scan multiplies each state by, as a logarithm; None without a scan.
+
+    States that share a decay (a head of ssd, a complex mode of s4d) count once; those of polar count, though some are
+    computed beside the scan.
+    """
+    if not isinstance(mixer, tuple(SCAN_MIXERS.values())):
+        return None
+    scan = cast(S6 | SSD | S4D, mixings(mixer, x, 1)[0].directions[0])
+    ones, zeros = options.polar
+    if isinstance(scan, S4D):
+        log_dt, log_A_real, *_ = scan.parameters
+        decays = F.pad(-(log_dt[:, None] + log_A_real).exp(), (0, ones)).expand(*x.shape[:2], -1, -1)
+    elif isinstance(scan, S6):
+        decays = scan.steps[..., None] * scan.A
+    else:
+        decays = scan.steps * scan.A
+    return F.pad(decays, (0, zeros), value=-torch.inf).flatten(2)
 
 
 def transmission(log_decays: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +112,11 @@ def _untrained(config: StackConfig, options: RecencyOptions) -> tuple[list[float
     mixer = config.build(0)
     x = torch.randn(SEQUENCES, options.length, config.dim)
     found: list[Tensor | None] = [influence(mixer, x), None, None]
-    if hasattr(mixer, "log_decays"):
-        with torch.inference_mode():
-            found[1:] = transmission(mixer.log_decays(x))  # pyright: ignore[reportCallIssue]
-    names = (f"{config.mixers[0]}: influence", f"{config.mixers[0]}: transmission")
+    with torch.inference_mode():
+        decays = log_decays(mixer, x, config.options)
+    if decays is not None:
+        found[1:] = transmission(decays)
+    names = (f"{config.label}: influence", f"{config.label}: transmission")
     curves = [
         Curve(name, range(1, options.length), curve[1:].tolist())
         for name, curve in zip(names, found, strict=False)

@@ -3,53 +3,73 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vision_ssm.errors import UserError
-from vision_ssm.probe.mixers import build
+from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
+from vision_ssm.mixers import Mixer, build_mixer
 
 # Shapes: B batch, L tokens, C model width.
+
+STATELESS: frozenset[MixerName] = frozenset({"attention", "gated_conv"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """Which mixers, how wide, how many."""
 
-    mixers: tuple[str, ...]
+    mixers: tuple[MixerName, ...]
     """One name a layer."""
     dim: int
     state_size: int | None = None
     causal: bool = True
+    options: ScanOptions = NO_OPTIONS
 
     @classmethod
     def of(
-        cls, text: str, layers: int, *, dim: int, state_size: int | None = None, causal: bool = True
+        cls,
+        text: str,
+        layers: int,
+        *,
+        dim: int,
+        state_size: int | None = None,
+        causal: bool = True,
+        options: ScanOptions = NO_OPTIONS,
     ) -> "StackConfig":
         """Read ``s6`` (that mixer in every layer) or ``s6+attention`` (layer by layer, whatever ``layers`` says).
 
         Raises:
-            UserError: An unknown mixer, or sizes that cannot be.
+            UserError: An unknown mixer, or sizes and options that cannot be.
         """
-        if layers < 1:
-            raise UserError(f"layers must be at least 1, got {layers}")
+        for key, number in (("layers", layers), ("dim", dim)):
+            if number < 1:
+                raise UserError(f"{key} must be at least 1, got {number}")
         names = tuple(text.split("+"))
-        config = cls(mixers=names if len(names) > 1 else names * layers, dim=dim, state_size=state_size, causal=causal)
-        for name in dict.fromkeys(names):
-            build(name, dim, state_size=state_size, causal=causal)
+        for name in names:
+            check_mixer(name)
+        mixers = cast(tuple[MixerName, ...], names if len(names) > 1 else names * layers)
+        config = cls(mixers=mixers, dim=dim, state_size=state_size, causal=causal, options=options)
+        for i in range(len(names)):
+            config.build(i)  # may refuse
         return config
 
     @property
     def label(self) -> str:
-        """For tables: s6 x 2, or s6+attention."""
+        """For tables: s6 x 2, or s6+attention, and the options that are on."""
         same = len(set(self.mixers)) == 1
-        return f"{self.mixers[0]} x {len(self.mixers)}" if same else "+".join(self.mixers)
+        polar = f", polar {self.options.polar[0]} {self.options.polar[1]}" if any(self.options.polar) else ""
+        smr = f", smr {self.options.smr}" if self.options.smr else ""
+        return (f"{self.mixers[0]} x {len(self.mixers)}" if same else "+".join(self.mixers)) + polar + smr
 
-    def build(self, layer: int) -> nn.Module:
-        """The mixer of one layer."""
-        return build(self.mixers[layer], self.dim, state_size=self.state_size, causal=self.causal)
+    def build(self, layer: int) -> Mixer:
+        """The mixer of one layer; beside scans, attention and gated_conv go without the scans' states and options."""
+        name = self.mixers[layer]
+        if name in STATELESS and not STATELESS.issuperset(self.mixers):
+            return build_mixer(name, self.dim, causal=self.causal)
+        return build_mixer(name, self.dim, state_size=self.state_size, causal=self.causal, options=self.options)
 
 
 class Stack(nn.Module):
@@ -84,7 +104,7 @@ class Stack(nn.Module):
             h = h + self.positions[: h.shape[1]]
         states = [(h, h)]
         for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            added = mixer(norm(h))
+            added = mixer(norm(h), 1)
             h = h + added
             states.append((h, added))
         return states
