@@ -4,7 +4,7 @@
    The photographs come from one 20 MB wheel of the Python package index; offline it is taken from the cache.
 2. Detection, training: a Mamba-YOLO learns to find handwritten digits on photographs, from scratch, in about 90 s.
 3. Restoration, shipped weights: photographs of scikit-image are made noisy or blurred, restored and scored beside
-   classic methods on the same pixels.
+   classic methods on the same pixels. A task whose weights do not ship is left out and said.
 """
 
 import json

@@ -10,9 +10,9 @@ SCAN_OPERATIONS = 9
 """Operations per step of one state of one channel in one direction, the count that VMamba published."""
 
 COUNTING = (
-    "FLOPs for one image: 2 per multiply-add of convolutions and matrix products, plus the scans: per pixel, direction "
-    f"and channel {SCAN_OPERATIONS} for each state (VMamba's count) and 2 for each rank of the step-size product. "
-    "Norms, activations and additions are left out, as is usual."
+    "FLOPs for one image: 2 per multiply-add of convolutions and matrix products, plus selective scans: per pixel, "
+    f"direction and channel {SCAN_OPERATIONS} for each state (VMamba's count) and 2 for each rank of the step-size "
+    "product. Scans by SSD are not counted. Norms, activations and additions are left out, as is usual."
 )
 
 

@@ -1,5 +1,6 @@
 """What timm wants of every network that we register."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,15 +35,15 @@ def scan_constants(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.endswith((".scan.A_log", ".scan.D"))}
 
 
-class MapClassifier(nn.Module):
+class MapClassifier(nn.Module, ABC):
     """A network whose last map is pooled for a linear layer: what timm's users call, but for the network itself."""
 
     head: ClassifierHead
     num_classes: int
 
+    @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
         """The last map."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what ``forward_features`` gave, or only pool it."""
