@@ -1,8 +1,10 @@
-"""Fixtures shared by all tests: the optional folder of recorded data, the device, quiet threads."""
+"""Shared by all tests: one seed, the optional folder of recorded data, the device."""
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if "shared_root" in getattr(item, "fixturenames", ()):
             item.add_marker(needs_shared)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One seed for every test, before its fixtures: a result depends on no other test and no order."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")
