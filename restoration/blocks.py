@@ -1,6 +1,7 @@
 """Building blocks that the restorers share. All maps are (B, C, H, W) and run fastest in channels-last memory."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,24 @@ class SerpentBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return x + scan_maps(self.ss2d, self.norm(x).to(x.dtype))
+
+
+class ConvBlock(nn.Module):
+    """x + conv3x3(ReLU(conv3x3(x))), the residual block of EDSR (Lim et al. 2017, section 3.1). Shape kept.
+
+    The second convolution starts at zero and the block as the identity.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x + self.conv2(F.relu(self.conv1(x)))
 
 
 def scan_maps(ss2d: nn.Module, x: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class ModelConfig:
     """Channels of the finest level instead of the variant's."""
     depths: tuple[int, ...] | None = None
     """Blocks per level instead of the variant's."""
+    detail: int = 0
+    """Blocks of convolutions at full resolution on both sides of the scans; 0 for none."""
     mixer: MixerName = "s6"
     """What mixes the pixels: s6 and ssd scan in four directions, nc_ssd has no order, s4d scans rows and columns,
     attention costs the square of the number of pixels, gated_conv is the control without a scan."""

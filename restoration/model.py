@@ -7,6 +7,9 @@ widths, depths and names are ours. No figure of the paper is claimed for it and 
 Top to bottom: a stem that makes cells of p x p pixels; levels of blocks at C, 2C, 4C joined by strided convolutions;
 blocks at 8C; the same levels upwards, each joined with its skip; a head that turns cells into pixels again. The head's
 last convolution starts at zero and the image is added to its result, so an untrained net returns its input exactly.
+
+With ``detail``, one more level stands around these: convolutions at the image's own resolution, which see what the
+patches of the stem would mix up; the scans stay where they are.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from restoration.blocks import NORM_EPS, Blocks, SerpentBlock, init_projections
+from restoration.blocks import NORM_EPS, Blocks, ConvBlock, SerpentBlock, init_projections
 from restoration.unet import DecoderLevel, EncoderLevel, RestorationUNet
 from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
@@ -76,6 +79,7 @@ class Serpent(RestorationUNet):
         patch: p instead of the variant's.
         width: C instead of the variant's.
         depths: Blocks per level instead of the variant's; their number is the number of levels.
+        detail: Blocks of convolutions at full resolution, before the patches are made and after; 0 for no such level.
         mixer: What mixes the pixels, see `vision_ssm.mixers2d`.
         mixer_pattern: Where attention stands among the blocks of a level, see `vision_ssm.mixer_config`;
             last_half_attention changes the two coarsest sizes alone (MambaVision).
@@ -95,12 +99,15 @@ class Serpent(RestorationUNet):
         patch: int | None = None,
         width: int | None = None,
         depths: Sequence[int] | None = None,
+        detail: int = 0,
         mixer: MixerName = "s6",
         mixer_pattern: MapPattern = "same",
         polar: Sequence[int] = (0, 0),
         smr: int = 0,
     ) -> None:
         size = _resolve(variant, patch, width, depths)
+        if detail < 0:
+            raise UserError(f"detail of Serpent must be a number of blocks or 0, got {detail}")
         stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr), maps=True)
 
         def blocks(channels: int, count: int) -> Blocks:
@@ -109,12 +116,18 @@ class Serpent(RestorationUNet):
 
         widths = [size.width * 2**i for i in range(len(size.depths))]
         levels = list(zip(pairwise(widths), size.depths, strict=False))
+        encoder = [EncoderLevel(blocks(a, n), nn.Conv2d(a, b, 2, stride=2)) for (a, b), n in levels]
+        decoder = [DecoderLevel(up(b, a, 2), nn.Conv2d(2 * a, a, 1), blocks(a, n)) for (a, b), n in reversed(levels)]
+        if detail:
+            fine, cells = size.width, size.patch
+            encoder.insert(0, EncoderLevel(_convs(fine, detail), nn.Conv2d(fine, fine, cells, stride=cells)))
+            decoder.append(DecoderLevel(up(fine, fine, cells), nn.Conv2d(2 * fine, fine, 1), _convs(fine, detail)))
         super().__init__(
-            stem=_stem(in_channels, size.width, size.patch),
-            encoder=[EncoderLevel(blocks(a, n), nn.Conv2d(a, b, 2, stride=2)) for (a, b), n in levels],
+            stem=_stem(in_channels, size.width, 1 if detail else size.patch),
+            encoder=encoder,
             middle=blocks(widths[-1], size.depths[-1]),
-            decoder=[DecoderLevel(up(b, a, 2), nn.Conv2d(2 * a, a, 1), blocks(a, n)) for (a, b), n in reversed(levels)],
-            head=Head(size.width, out_channels, size.patch),
+            decoder=decoder,
+            head=Head(size.width, out_channels, 1 if detail else size.patch),
             in_channels=in_channels,
             out_channels=out_channels,
             multiple=size.patch * 2 ** len(levels),
@@ -127,6 +140,7 @@ class Serpent(RestorationUNet):
             "patch": size.patch,
             "width": size.width,
             "depths": size.depths,
+            "detail": detail,
             "mixer": mixer,
             "mixer_pattern": mixer_pattern,
             "polar": stack.options.polar,
@@ -138,6 +152,10 @@ class Serpent(RestorationUNet):
 def up(in_channels: int, channels: int, factor: int) -> nn.Sequential:
     """(B, in_channels, h, w) -> (B, channels, factor * h, factor * w): each cell gives its square of finer ones."""
     return nn.Sequential(nn.Conv2d(in_channels, channels * factor**2, 1), nn.PixelShuffle(factor))
+
+
+def _convs(channels: int, count: int) -> Blocks:
+    return Blocks(*(ConvBlock(channels) for _ in range(count)))
 
 
 def _stem(in_channels: int, width: int, patch: int) -> nn.Conv2d:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vision_ssm
 from kernels import selective_scan_2d
-from restoration.blocks import Blocks, SerpentBlock
+from restoration.blocks import Blocks, ConvBlock, SerpentBlock
 from restoration.mambair import MambaIR, MambaIRBlock, ResidualGroup
 from restoration.scratch import Map, Scratch
 from restoration.strips import (
@@ -340,6 +340,8 @@ def _blocks(plan: _Plan, name: str, blocks: Blocks, x: Map) -> Map:
         where = f"{name}, block {number}"
         if isinstance(block, SerpentBlock):
             x = plan.scan(where, x, block.norm, block.ss2d, torch.add)
+        elif isinstance(block, ConvBlock):
+            x = plan.part(where, block, (x,))
         elif isinstance(block, MambaIRBlock):
             x = _mambair_block(plan, where, block, x)
         else:

@@ -141,6 +141,7 @@ class RestorationTask(Task):
             in_channels=self.task.in_channels,
             width=model.width,
             depths=model.depths,
+            detail=model.detail,
             mixer=model.mixer,
             mixer_pattern=model.mixer_pattern,
             polar=model.polar,

@@ -28,10 +28,10 @@ SIZES = {
 TINY = {"width": 8, "depths": (1, 1, 1)}
 
 
-def tiny(*, awake: bool = True, patch: int = 2, in_channels: int = 3) -> Serpent:
+def tiny(*, awake: bool = True, patch: int = 2, in_channels: int = 3, detail: int = 0) -> Serpent:
     """A small net; `awake` gives its last convolution weights, so that it is no identity."""
     torch.manual_seed(0)
-    model = Serpent("small", patch=patch, in_channels=in_channels, **TINY)
+    model = Serpent("small", patch=patch, in_channels=in_channels, detail=detail, **TINY)
     if awake:
         nn.init.normal_(model.get_parameter("head.out.weight"), std=0.1)
     return model
@@ -69,10 +69,10 @@ def test_work_of_one_convolution_and_one_scan_by_hand() -> None:
     assert counted.macs == pixels * (16 * 64 + 32 * 9 + 32 * 4 * 33 + 4 * 32 + 32 * 16)
 
 
-@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize(("patch", "detail"), [(1, 0), (2, 0), (4, 0), (2, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 23), (3, 2), (17, 40)], ids=str)
-def test_untrained_is_the_identity_at_any_size(size: tuple[int, int], patch: int) -> None:
-    model = tiny(awake=False, patch=patch)
+def test_untrained_is_the_identity_at_any_size(size: tuple[int, int], patch: int, detail: int) -> None:
+    model = tiny(awake=False, patch=patch, detail=detail)
     image = torch.rand(2, 3, *size)
     with torch.no_grad():
         assert torch.equal(model(image), image)
@@ -115,8 +115,23 @@ def test_images_of_a_batch_do_not_mix(net: Serpent) -> None:
         torch.testing.assert_close(net(images)[1:2], net(images[1:2]), atol=1e-6, rtol=0)
 
 
-def test_config_rebuilds_the_model() -> None:
-    model = tiny(in_channels=4)
+def test_detail_is_a_level_of_convolutions_around_the_same_scans() -> None:
+    plain, fine = tiny(), tiny(detail=2)
+    scans = [[m for m in model.modules() if isinstance(m, SerpentBlock)] for model in (plain, fine)]
+    assert len(scans[0]) == len(scans[1])
+    seen = []
+    fine.encoder[0].blocks.register_forward_hook(lambda block, given, result: seen.append(result.shape))
+    fine.decoder[-1].blocks.register_forward_hook(lambda block, given, result: seen.append(result.shape))
+    with torch.no_grad():
+        fine(torch.rand(1, 3, 8, 16))
+    assert seen == [(1, 8, 8, 16)] * 2
+    with pytest.raises(UserError, match="or 0, got -1"):
+        tiny(detail=-1)
+
+
+@pytest.mark.parametrize("detail", [0, 1])
+def test_config_rebuilds_the_model(detail: int) -> None:
+    model = tiny(in_channels=4, detail=detail)
     again = Serpent(**json.loads(json.dumps(model.config)))
     again.load_state_dict(model.state_dict())
     assert again.config == model.config

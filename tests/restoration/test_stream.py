@@ -26,6 +26,7 @@ SIZES = [(1, 1), (9, 21), (24, 7)]
 NETS = {
     "p2": lambda: tiny_serpent(),
     "p1 with mask": lambda: tiny_serpent(patch=1, in_channels=4),
+    "p2 with detail": lambda: tiny_serpent(detail=2),
     "p4 of three levels": lambda: tiny_serpent(variant="fast", depths=(1, 1, 1)),
 }
 
