@@ -10,6 +10,7 @@ from torch import Tensor
 from detection.head import REG_MAX
 from detection.model import SCALES, STAGE_CHANNELS, MambaYOLO
 from vision_ssm.errors import UserError
+from vision_ssm.published_ss2d import ss2d_entry
 
 # Layer index in the published state dict (`model.<index>.`) -> our module.
 LAYERS = {
@@ -28,7 +29,7 @@ LAYERS = {
 }
 STAGES = {1: "backbone.stages.0", 3: "backbone.stages.1", 5: "backbone.stages.2", 7: "backbone.stages.3"}
 
-# Name inside a layer -> ours. The first rule that matches is applied, then those after it that still match.
+# Name inside a layer -> ours, but for what a scan has. All rules that match are applied, in order.
 RENAMES = (
     (r"^conv\.([01])\.", r"0.\1."),  # stem
     (r"^conv\.3\.", "1.0."),
@@ -49,16 +50,8 @@ RENAMES = (
     (r"^lsblock\.norm\.", "local.norm."),
     (r"^mlp\.dwconv\.", "mlp.conv."),
     (r"^mlp\.fc2\.", "mlp.fc."),
-    (r"^op\.", "ss2d.0."),  # scan
-    (r"\.conv2d\.", ".conv."),
-    (r"\.out_norm\.", ".norm."),
-    (r"\.A_logs$", ".scan.A_log"),
-    (r"\.Ds$", ".scan.D"),
-    (r"\.dt_projs_", ".scan.dt_"),
-    (r"\.x_proj_weight$", ".x_proj.weight"),
+    (r"^op\.", "ss2d.0."),
 )
-# Published matrices that hold two of ours, one after the other along the rows.
-HALVES = {r"^mlp\.fc1\.": ("mlp.gate.", "mlp.value."), r"(?<=\d)\.in_proj\.": (".in_proj.", ".gate_proj.")}
 
 
 def convert_entry(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -82,23 +75,16 @@ def convert_entry(name: str, tensor: Tensor) -> dict[str, Tensor]:
     leaf = found[3]
     for pattern, replacement in RENAMES:
         leaf = re.sub(pattern, replacement, leaf)
-    for pattern, names in HALVES.items():
-        if re.search(pattern, leaf):
-            return {
-                f"{prefix}.{re.sub(pattern, half, leaf)}": rows
-                for half, rows in zip(names, tensor.chunk(2), strict=True)
-            }
-    return {f"{prefix}.{leaf}": _reshape(f"{prefix}.{leaf}", tensor)}
+    if leaf.startswith("mlp.fc1."):  # two of ours, one after the other along the rows
+        names = (f"{prefix}.{leaf.replace('fc1', half)}" for half in ("gate", "value"))
+        return dict(zip(names, tensor.chunk(2), strict=True))
+    return ss2d_entry(f"{prefix}.{leaf}", _reshape(f"{prefix}.{leaf}", tensor))
 
 
 def _reshape(name: str, tensor: Tensor) -> Tensor:
     """Published shape -> ours, for the few parameters that we store otherwise."""
     if re.search(r"merges\.\d\.0\.weight$", name):  # (C', 4C, 1, 1), squares ordered by column, then row
         return tensor.unflatten(1, (2, 2, -1)).permute(0, 3, 2, 1, 4, 5)[..., 0, 0].contiguous()
-    if name.endswith(".x_proj.weight"):  # (K, R + 2N, D)
-        return tensor.flatten(0, 1)[..., None, None]
-    if name.endswith((".A_log", ".scan.D")):  # (K * D, ...)
-        return tensor.unflatten(0, (4, -1))
     return tensor.flatten() if name == "head.bins" else tensor
 
 

@@ -1,7 +1,5 @@
 """Why this box: heat maps of a detection's class score through the scans of backbone and neck."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
@@ -13,8 +11,8 @@ from detection.predict import Detector
 from detection.predict_options import PredictOptions
 from vision_ssm.data.images import read_image
 from vision_ssm.errors import UserError
-from vision_ssm.explain import Method
 from vision_ssm.explain.maps import Heat, combine, make_maps
+from vision_ssm.explain.options import DetectOptions
 from vision_ssm.explain.page import Panel, write_page
 from vision_ssm.explain.recording import Layer, record
 
@@ -27,33 +25,20 @@ READING = (
 )
 
 
-def run_explain(
-    picture: Path,
-    *,
-    weights: Path,
-    output: Path,
-    box: int = 0,
-    name: str | None = None,
-    layer: str = "all",
-    method: Method = "attribution",
-    per_direction: bool = False,
-    conf: float = 0.25,
-    image_size: int | None = None,
-    device: str = "auto",
-) -> int:
-    """Write heat maps for one detection; arguments as `vssm explain detect`.
+def run_explain(options: DetectOptions) -> int:
+    """Write heat maps for one detection.
 
     Raises:
         UserError: no such weights, picture, box, class or layer.
     """
-    PredictOptions(conf=conf, image_size=image_size)  # refuses what is out of range
-    detector = Detector.from_pretrained(weights, device=device)
-    image = read_image(picture)
-    boxed, geometry = letterbox(image, image_size or detector.image_size)
+    PredictOptions(conf=options.conf, image_size=options.image_size)  # refuses what is out of range
+    detector = Detector.from_pretrained(options.weights, device=options.device)
+    image = read_image(options.picture)
+    boxed, geometry = letterbox(image, options.image_size or detector.image_size)
     pixels = torch.from_numpy(boxed).to(detector.device).permute(2, 0, 1)[None].float() / 255
     with torch.enable_grad(), record(detector.model) as recording:
         raw = detector.model(pixels.requires_grad_())
-    anchor, corners, label, score, rank = _chosen(detector, raw, box, name, conf)
+    anchor, corners, label, score, rank = _chosen(detector, raw, options)
     target = flatten_maps(raw)[1][0, anchor, label]
     centre = (box_convert(corners[None], "xyxy", "cxcywh")[0, :2] / pixels.new_tensor(boxed.shape[1::-1])).tolist()
 
@@ -71,18 +56,20 @@ def run_explain(
         heat = whole[int(top) : int(top) + height, int(left) : int(left) + width]
         return Panel(title, heat, image, box=(x1, y1, x2, y2))
 
-    found = make_maps(recording.select(layer), method, target=target, query=query, per_direction=per_direction)
+    chosen = recording.select(options.layer)
+    found = make_maps(chosen, options.method, target=target, query=query, per_direction=options.per_direction)
     what = f"{detector.names[label]} {score:.2f}"
     panels = [panel(f"{what}: {title}", heats) for title, heats in found]
-    facts = {"picture": picture, "weights": weights, "box": f"{rank}: {what}", "method": method, "layers": layer}
-    write_page(output, f"Why this box: {what} in {picture.name}", panels, facts=facts, reading=READING)
+    facts = {"picture": options.picture, "weights": options.weights, "box": f"{rank}: {what}",
+             "method": options.method, "layers": options.layer}  # fmt: skip
+    title = f"Why this box: {what} in {options.picture.name}"
+    write_page(options.output, title, panels, facts=facts, reading=READING)
     return 0
 
 
-def _chosen(
-    detector: Detector, raw: list[Tensor], box: int, name: str | None, conf: float
-) -> tuple[int, Tensor, int, float, int]:
+def _chosen(detector: Detector, raw: list[Tensor], options: DetectOptions) -> tuple[int, Tensor, int, float, int]:
     """Anchor, corners in network pixels, class, score and number of the box that was asked for."""
+    box, name, conf = options.box, options.name, options.conf
     decoded = decode([level.detach() for level in raw])
     found = postprocess(decoded, conf=conf)[0]
     labels = found["labels"].tolist()

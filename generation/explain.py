@@ -1,6 +1,5 @@
 """What a generated patch was made from: maps at several steps of the denoising, and frames by frames of a video."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from generation.sample import class_numbers
 from generation.sampling import denoise, set_steps
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
-from vision_ssm.explain import Method
 from vision_ssm.explain.maps import Heat, combine, make_maps
+from vision_ssm.explain.options import GenerateOptions
 from vision_ssm.explain.page import Panel, point_of, write_page
 from vision_ssm.explain.recording import Layer, Recording, record
 
@@ -26,94 +25,100 @@ READING = (
 )
 
 
-def run_explain(
-    weights: Path,
-    *,
-    query: str,
-    output: Path,
-    name: str | None = None,
-    frame: int = 0,
-    frames: int | None = None,
-    layer: str = "all",
-    method: Method = "attribution",
-    per_direction: bool = False,
-    steps: int = 20,
-    shown: int = 3,
-    seed: int = 0,
-    device: str = "auto",
-) -> int:
-    """Draw a sample and write maps of one patch; arguments as `vssm explain generate`.
+def run_explain(options: GenerateOptions) -> int:
+    """Draw a sample and write maps of one patch.
 
     Raises:
         UserError: no such weights, class, pixel, frame or layer, or a number that does not fit.
     """
-    if not 1 <= shown <= steps:
-        raise UserError(f"shown must be 1 to the number of steps ({steps}), got {shown}")
-    pipeline: Any = load_generator(weights)
-    pipeline.to(choose_device(device))
-    video, model = isinstance(pipeline, VideoDiMPipeline), pipeline.transformer
-    height, width = pipeline.latent_size(None, None)
-    if frames is not None and (not video or frames < 1):
-        raise UserError(f"--frames is for videos and at least 1, got {frames}" + ("" if video else " for pictures"))
-    length = (frames or model.config["sample_frames"]) if video else 1
-    if not 0 <= frame < length:
-        raise UserError(f"frame must be 0 to {length - 1}, got {frame}")
-    factor, patch = pipeline.vae_scale_factor, model.config["patch"]
-    x, y = point_of(query, height * factor, width * factor)
-    rows, columns = height // patch, width // patch
-    place = y // factor // patch * columns + x // factor // patch
-    labels = class_numbers(pipeline, [] if name is None else [name], 1)
-    numbers = None if labels is None else torch.tensor(labels, device=pipeline.device)
-    wanted = {round(k) for k in np.linspace(0, steps - 1, shown)}
-    step, maps, matrices = 0, [], []
+    pipeline: Any = load_generator(options.weights)
+    pipeline.to(choose_device(options.device))
+    explainer = _Explainer(pipeline, options)
+    panels = explainer.panels(_pictures(pipeline, explainer.sample()))
+    what = f"{explainer.x}, {explainer.y}" + (f" in frame {options.frame}" if explainer.video else "")
+    facts = {"weights": options.weights, "patch at": what, "class": options.name or "the first", "seed": options.seed,
+             "steps": options.steps, "method": options.method, "layers": options.layer}  # fmt: skip
+    write_page(options.output, f"What the patch at {what} was made from", panels, facts=facts, reading=READING)
+    return 0
 
-    def explain(noisy: Tensor, t: Tensor) -> Tensor:
-        """The prediction; on the way, maps of the steps that are wanted."""
-        nonlocal step
-        step += 1
-        if step - 1 not in wanted:
+
+class _Explainer:
+    """Draws a sample; on the way it makes maps of the patch in question, at the steps that are wanted."""
+
+    def __init__(self, pipeline: Any, options: GenerateOptions) -> None:
+        self.pipeline, self.model, self.options = pipeline, pipeline.transformer, options
+        self.video = isinstance(pipeline, VideoDiMPipeline)
+        self.size = height, width = pipeline.latent_size(None, None)
+        self.length = self._length()
+        factor, self.patch = pipeline.vae_scale_factor, self.model.config["patch"]
+        self.x, self.y = point_of(options.query, height * factor, width * factor)
+        self.grid = height // self.patch, width // self.patch
+        self.row, self.column = (p // factor // self.patch for p in (self.y, self.x))
+        labels = class_numbers(pipeline, [] if options.name is None else [options.name], 1)
+        self.labels = None if labels is None else torch.tensor(labels, device=pipeline.device)
+        self.extra = 0 if self.model.token_positions is None else len(self.model.token_positions)
+        self.wanted = {1 + round(k) for k in np.linspace(0, options.steps - 1, options.shown)}
+        self.step = 0
+        self.maps: list[tuple[str, Tensor]] = []
+        self.matrices: list[tuple[str, Tensor]] = []
+
+    def sample(self) -> Tensor:
+        """(1, C, H, W) or (1, C, F, H, W) latent sample."""
+        pipeline, generators = self.pipeline, sample_generators([self.options.seed])
+        timesteps = set_steps(pipeline.scheduler, self.options.steps, pipeline.device)
+        frames = (self.length,) if self.video else ()
+        shape = (1, self.model.config["in_channels"], *frames, *self.size)
+        noise = torch.randn(shape, generator=generators[0]).to(pipeline.device)
+        return denoise(pipeline.scheduler, noise, timesteps, self._predict, generator=generators)
+
+    def panels(self, pictures: np.ndarray) -> list[Panel]:
+        """Maps over the frames (F, H, W, 3) that count most, then matrices."""
+        panels = []
+        for title, heat in self.maps:
+            for number in _loudest(heat, self.options.frame):
+                spot = (self.x, self.y) if number == self.options.frame else None
+                of_frame = f", frame {number}" if self.video else ""
+                panels.append(Panel(title + of_frame, heat[number].numpy(), pictures[number], point=spot))
+        axes = ("frame that is read", "frame that reads")
+        return panels + [Panel(title, matrix.numpy(), axes=axes) for title, matrix in self.matrices]
+
+    def _length(self) -> int:
+        frames, frame = self.options.frames, self.options.frame
+        if frames is not None and (not self.video or frames < 1):
+            kind = "" if self.video else " for pictures"
+            raise UserError(f"--frames is for videos and at least 1, got {frames}{kind}")
+        length = (frames or self.model.config["sample_frames"]) if self.video else 1
+        if not 0 <= frame < length:
+            raise UserError(f"frame must be 0 to {length - 1}, got {frame}")
+        return length
+
+    def _predict(self, noisy: Tensor, t: Tensor) -> Tensor:
+        self.step += 1
+        if self.step not in self.wanted:
             with torch.no_grad():
-                return model(noisy, t, numbers).sample
-        with torch.enable_grad(), record(model) as recording:
-            prediction = model(noisy.detach().requires_grad_(), t, numbers).sample
-        picture = prediction if not video else prediction[:, :, frame]
-        top, left = place // columns * patch, place % columns * patch
-        target = picture[0, :, top : top + patch, left : left + patch].square().sum()
-        chosen = recording.select(layer)
-        extra = 0 if model.token_positions is None else len(model.token_positions)
-
-        def seen_from(at: Layer) -> list[int]:
-            return [frame * (at.places // length) + extra + place]
-
-        found = make_maps(chosen, method, target=target, query=seen_from, per_direction=per_direction)
-        for title, heats in found:
-            maps.append((f"step {step} of {steps}, {title}", _by_frame(heats, length, extra, (rows, columns))))
-        if video:
-            matrices.append((f"step {step} of {steps}, frames by frames", _frames_by_frames(chosen, length)))
+                return self.model(noisy, t, self.labels).sample
+        with torch.enable_grad(), record(self.model) as recording:
+            prediction = self.model(noisy.detach().requires_grad_(), t, self.labels).sample
+        self._explain(recording.select(self.options.layer), prediction)
         return prediction.detach()
 
-    timesteps = set_steps(pipeline.scheduler, steps, pipeline.device)
-    shape = (1, model.config["in_channels"], *((length,) if video else ()), height, width)
-    generators = sample_generators([seed])
-    noise = torch.randn(shape, generator=generators[0]).to(pipeline.device)
-    sample = denoise(pipeline.scheduler, noise, timesteps, explain, generator=generators)
-    pictures = _pictures(pipeline, sample)
-    panels = []
-    for title, heat in maps:
-        for number in _loudest(heat, frame):
-            spot = (x, y) if number == frame else None
-            of_frame = f", frame {number}" if video else ""
-            panels.append(Panel(title + of_frame, heat[number].numpy(), pictures[number], point=spot))
-    panels += [
-        Panel(title, matrix.numpy(), axes=("frame that is read", "frame that reads"))
-        for title, matrix in matrices
-        if matrix is not None
-    ]
-    what = f"{x}, {y}" + (f" in frame {frame}" if video else "")
-    facts = {"weights": weights, "patch at": what, "class": name or "the first", "seed": seed, "steps": steps,
-             "method": method, "layers": layer}  # fmt: skip
-    write_page(output, f"What the patch at {what} was made from", panels, facts=facts, reading=READING)
-    return 0
+    def _explain(self, chosen: Recording, prediction: Tensor) -> None:
+        options, when = self.options, f"step {self.step} of {self.options.steps}"
+        picture = prediction[:, :, options.frame] if self.video else prediction
+        top, left = self.row * self.patch, self.column * self.patch
+        target = picture[0, :, top : top + self.patch, left : left + self.patch].square().sum()
+        place = self.extra + self.row * self.grid[1] + self.column
+
+        def seen_from(at: Layer) -> list[int]:
+            return [options.frame * (at.places // self.length) + place]
+
+        found = make_maps(chosen, options.method, target=target, query=seen_from, per_direction=options.per_direction)
+        self.maps += [
+            (f"{when}, {title}", _by_frame(heats, self.length, self.extra, self.grid)) for title, heats in found
+        ]
+        matrix = _frames_by_frames(chosen, self.length) if self.video else None
+        if matrix is not None:
+            self.matrices.append((f"{when}, frames by frames", matrix))
 
 
 def _by_frame(heats: list[Heat], frames: int, extra: int, grid: tuple[int, int]) -> Tensor:

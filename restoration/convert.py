@@ -12,6 +12,7 @@ from restoration.networks import build_model
 from vision_ssm.checkpoint import load_matching
 from vision_ssm.errors import UserError
 from vision_ssm.foreign import find_state_dict
+from vision_ssm.published_ss2d import ss2d_entry
 
 ANCHORS = {"conv_first.weight": "mambair", "patch_embed.proj.weight": "mambair-unet"}
 """Published name that only one of the networks has -> our name of the network."""
@@ -25,12 +26,6 @@ BLOCK_RENAMES = (
     (r"\bconv_blk\.cab\.(\d)\.attention\.3\.", r"conv.\1.fc2."),
     (r"\bconv_blk\.cab\.", "conv."),
     (r"\bself_attention\.", "ss2d."),
-    (r"\bconv2d\.", "conv."),
-    (r"\bout_norm\.", "norm."),
-    (r"\bA_logs$", "scan.A_log"),
-    (r"\bDs$", "scan.D"),
-    (r"\bdt_projs_", "scan.dt_"),
-    (r"\bx_proj_weight$", "x_proj.weight"),
 )
 MAMBAIR_RENAMES = (
     (r"^conv_first\.", "stem."),
@@ -63,16 +58,7 @@ def convert_entry(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """
     for pattern, replacement in BLOCK_RENAMES:
         name = re.sub(pattern, replacement, name)
-    if re.search(r"\bin_proj\.weight$", name):  # (2 D, C): the scan's input, then the gate
-        scanned, gate = tensor[..., None, None].chunk(2)
-        return {name: scanned, re.sub(r"in_proj\.weight$", "gate_proj.weight", name): gate}
-    if re.search(r"\bout_proj\.weight$", name):  # (C, D)
-        return {name: tensor[..., None, None]}
-    if re.search(r"\bx_proj\.weight$", name):  # (K, R + 2N, D)
-        return {name: tensor.flatten(0, 1)[..., None, None]}
-    if re.search(r"\bscan\.(A_log|D)$", name):  # (K * D, ...)
-        return {name: tensor.unflatten(0, (4, -1))}
-    return {name: tensor}
+    return ss2d_entry(name, tensor)
 
 
 def is_official(state_dict: Mapping[str, Any]) -> bool:

@@ -1,7 +1,5 @@
 """Which pixels repaired this one: heat maps of one pixel of a restored picture."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -10,8 +8,8 @@ from restoration.restorer import PictureRestorer
 from restoration.unet import pad_to_multiple
 from vision_ssm.data.images import read_image
 from vision_ssm.errors import UserError
-from vision_ssm.explain import Method
 from vision_ssm.explain.maps import combine, make_maps
+from vision_ssm.explain.options import RestoreOptions
 from vision_ssm.explain.page import Panel, point_of, write_page
 from vision_ssm.explain.recording import Layer, record
 
@@ -24,30 +22,18 @@ READING = (
 )
 
 
-def run_explain(
-    picture: Path,
-    *,
-    weights: str,
-    query: str,
-    output: Path,
-    layer: str = "all",
-    method: Method = "raw",
-    per_direction: bool = False,
-    window: int = 192,
-    device: str = "auto",
-) -> int:
-    """Write heat maps for one restored pixel; arguments as `vssm explain restore`.
+def run_explain(options: RestoreOptions) -> int:
+    """Write heat maps for one restored pixel.
 
     Raises:
         UserError: no such weights, picture, pixel or layer, or weights that need a mask.
     """
-    if window < 1:
-        raise UserError(f"window must be 1 pixel or more, got {window}")
-    restorer = PictureRestorer.from_pretrained(weights, None, device=device)
+    window, weights = options.window, options.weights
+    restorer = PictureRestorer.from_pretrained(weights, None, device=options.device)
     if restorer.needs_mask:
         raise UserError(f"the weights {weights} fill in what a mask leaves out, which is not explained; take others")
-    image = read_image(picture)
-    x, y = point_of(query, *image.shape[:2])
+    image = read_image(options.picture)
+    x, y = point_of(options.query, *image.shape[:2])
     top, left = (min(max(p - window // 2, 0), max(s - window, 0)) for p, s in zip((y, x), image.shape[:2], strict=True))
     cut = image[top : top + window, left : left + window]
     given = torch.from_numpy(cut).to(restorer.device).permute(2, 0, 1)[None].float() / 255
@@ -68,10 +54,13 @@ def run_explain(
     def panel(title: str, heat: Tensor) -> Panel:
         return Panel(title, heat[:height, :width].numpy(), cut, point=(x - left, y - top))
 
-    found = make_maps(recording.select(layer), method, target=target, query=seen_from, per_direction=per_direction)
+    chosen = recording.select(options.layer)
+    found = make_maps(chosen, options.method, target=target, query=seen_from, per_direction=options.per_direction)
     panels = [panel("effective receptive field (input gradient)", gradient[0].abs().sum(0).cpu())]
     panels += [panel(title, combine(heats, pixels.shape[2:])[0]) for title, heats in found]
     corner = f"{cut.shape[1]} x {cut.shape[0]} from {left}, {top}"
-    facts = {"picture": picture, "weights": weights, "pixel": f"{x}, {y}", "window": corner, "method": method}
-    write_page(output, f"Which pixels repaired {x}, {y} of {picture.name}", panels, facts=facts, reading=READING)
+    facts = {"picture": options.picture, "weights": weights, "pixel": f"{x}, {y}", "window": corner,
+             "method": options.method}  # fmt: skip
+    title = f"Which pixels repaired {x}, {y} of {options.picture.name}"
+    write_page(options.output, title, panels, facts=facts, reading=READING)
     return 0

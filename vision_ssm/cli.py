@@ -6,7 +6,8 @@ function's signature and docstring become its flags and help, through jsonargpar
 - parameters without a default are positional (list[...]: one or more), keyword-only ones required flags;
 - parameters with a default are flags;
 - a bool is `--flag` or `--no-flag`;
-- a config dataclass is filled from `--config NAME_OR_FILE` and dotted flags (`--train.epochs 3`).
+- the fields of a dataclass named `options` are parameters of their own;
+- any other dataclass is a config, filled from `--config NAME_OR_FILE` and dotted flags (`--train.epochs 3`).
 """
 
 import dataclasses
@@ -163,8 +164,9 @@ def call(prog: str, function: Callable[..., int | None], argv: list[str]) -> int
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
-            overrides = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
-            arguments[name] = load_config(typing.cast(type, kind), given.get("config"), overrides)
+            cls, config = typing.cast(type, kind), given.get("config")
+            fields = {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
+            arguments[name] = cls(**fields) if name == "options" else load_config(cls, config, fields)
         else:
             arguments[name] = given.get(name, parameter.default)
     return function(**arguments) or 0

@@ -20,11 +20,13 @@ def build_parser(prog: str, function: Callable[..., Any]) -> tuple[ArgumentParse
     """A parser for a function's parameters, and the type of every parameter and of every dotted config key."""
     hints = typing.get_type_hints(function)
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    texts = {p.arg_name: _one_line(p.description) for p in doc.params}
+    texts = _texts(doc)
     about = "\n\n".join(t for t in (doc.short_description, doc.long_description) if t)
     parser = ArgumentParser(prog=prog, description=about, exit_on_error=False, allow_abbrev=False)
     for name, parameter in inspect.signature(function).parameters.items():
-        if dataclasses.is_dataclass(hints[name]):
+        if name == "options":
+            hints |= _add_options(parser, hints[name])
+        elif dataclasses.is_dataclass(hints[name]):
             parser.add_argument("--config", type=str, help="YAML file or name of a shipped config.")
             hints |= _add_config(parser, typing.cast(type, hints[name]))
             parser.usage = "%(prog)s [--config CONFIG] [flags]"  # the full list would fill a screen before the help
@@ -82,6 +84,18 @@ def _add_parameter(parser: ArgumentParser, parameter: inspect.Parameter, hint: A
         parser.add_argument(*flags, type=item, default=default, help=text, **many)
 
 
+def _add_options(parser: ArgumentParser, cls: type) -> Hints:
+    """Every field of an options dataclass as a parameter, required ones first; returns the fields' types."""
+    hints, texts = typing.get_type_hints(cls), {}
+    for base in reversed(cls.__mro__[:-1]):
+        texts |= _texts(docstring_parser.parse_from_object(base))
+    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
+    for parameter in sorted(inspect.signature(cls).parameters.values(), key=lambda p: p.default is not p.empty):
+        name, default = parameter.name, made.get(parameter.name, parameter.default)
+        _add_parameter(parser, parameter.replace(default=default), hints[name], texts.get(name, ""))
+    return hints
+
+
 def _item_type(hint: Any) -> Any:
     """list[X] and list[X] | None -> X; any other type as it is."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -94,7 +108,7 @@ def _add_config(parser: ArgumentParser, cls: type) -> Hints:
     keys: Hints = {}
     for prefix, group_cls, default in _groups(cls, "", None):
         doc = docstring_parser.parse_from_object(group_cls)
-        texts = {p.arg_name: _one_line(p.description) for p in doc.params}
+        texts = _texts(doc)
         title = _one_line(doc.short_description).rstrip(".") or group_cls.__name__
         group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
         hints = typing.get_type_hints(group_cls)
@@ -127,6 +141,11 @@ def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
+
+
+def _texts(doc: docstring_parser.Docstring) -> dict[str, str]:
+    """What a docstring says about each parameter or attribute."""
+    return {p.arg_name: _one_line(p.description) for p in doc.params}
 
 
 def _one_line(text: str | None) -> str:

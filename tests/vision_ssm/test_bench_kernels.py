@@ -174,7 +174,7 @@ def test_a_wrong_kernel_makes_the_exit_code_1(monkeypatch, tmp_path, part):
         monkeypatch.setattr("vision_ssm.bench.check._BUDGET", {"cpu": 300})
     monkeypatch.setattr("vision_ssm.bench.check._CHEAPER", 1)
     monkeypatch.setattr(kernels, "selective_scan", wrong)
-    assert bench_kernels(workloads=["1d"], device="cpu", repeats=1, quick=True, out=tmp_path) == 1
+    assert bench_kernels(workloads=["1d"], device="cpu", repeats=1, quick=True, output=tmp_path) == 1
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert row["passed"] is False
     assert "WRONG" in (tmp_path / "results.md").read_text()
@@ -183,7 +183,7 @@ def test_a_wrong_kernel_makes_the_exit_code_1(monkeypatch, tmp_path, part):
 def test_table_json_and_plots(tmp_path, capsys):
     code = bench_kernels(
         shape=["1d:B1,L16,D4,N2"], workloads=list(TINY), backends=["torch", "c"] if c_runs() else ["torch"],
-        device="cpu", repeats=2, out=tmp_path,
+        device="cpu", repeats=2, output=tmp_path,
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert code == 0, printed
@@ -225,7 +225,9 @@ def test_a_kernel_that_raises_is_told_and_the_others_still_run(monkeypatch, tmp_
         raise RuntimeError("no such kernel image")
 
     monkeypatch.setattr(kernels, "causal_conv1d", broken)
-    assert bench_kernels(workloads=["conv", "1d"], device="cpu", repeats=1, quick=True, check=False, out=tmp_path) == 1
+    assert (
+        bench_kernels(workloads=["conv", "1d"], device="cpu", repeats=1, quick=True, check=False, output=tmp_path) == 1
+    )
     assert "not measured: RuntimeError: no such kernel image" in capsys.readouterr().out
     problems = [row["problem"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
     assert problems == ["RuntimeError: no such kernel image", None]
@@ -247,7 +249,7 @@ def test_a_kernel_that_raises_is_told_and_the_others_still_run(monkeypatch, tmp_
 )
 def test_mistakes_are_told_and_exit_with_2(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.setitem(cli.TASKS, "bench", ("vision_ssm.bench.commands", "measure"))
-    assert cli.main(["bench", "kernels", *arguments.split(), "--out", str(tmp_path)]) == 2
+    assert cli.main(["bench", "kernels", *arguments.split(), "--output", str(tmp_path)]) == 2
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     assert re.search(pattern, capsys.readouterr().err)
 

@@ -68,6 +68,34 @@ def score(*, weights: Path, splits: list[Literal["train", "val"]] = ["val"], lim
     calls.append((weights, splits))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where from."""
+
+    source: Path = field(kw_only=False)
+    """A picture."""
+    limit: int = 3
+    """Most pictures."""
+    names: list[str] = field(default_factory=lambda: ["a", "b"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountOptions(Source):
+    """Where from and how."""
+
+    weights: str
+    limit: int = 5
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise UserError(f"limit must not be negative, got {self.limit}")
+
+
+def count(options: CountOptions, *, output: Path = Path("runs")) -> None:
+    """Count objects."""
+    calls.append((options, output))
+
+
 def fail(kind: str) -> None:
     """Raise an error of some kind."""
     raise ERRORS[kind]
@@ -94,7 +122,7 @@ ERRORS = {
 @pytest.fixture(autouse=True)
 def _commands(monkeypatch):
     module = types.ModuleType("stand_in_commands")
-    module.COMMANDS = {"train": train, "predict": predict, "score": score, "fail": fail}  # pyright: ignore
+    module.COMMANDS = {"train": train, "predict": predict, "score": score, "count": count, "fail": fail}  # pyright: ignore
     monkeypatch.setitem(sys.modules, "stand_in_commands", module)
     monkeypatch.setattr(cli, "TASKS", {"detect": ("stand_in_commands", "find objects")})
     monkeypatch.delenv("RANK", raising=False)
@@ -129,6 +157,22 @@ def test_config_from_file_and_dotted_flags(tmp_path):
     assert calls[1] == (Config(data=Path("e")), False, "auto")
 
 
+def test_fields_of_options_are_parameters(capsys):
+    assert run("detect count p.jpg --weights w") == 0
+    assert run("detect count p.jpg --weights w --limit 1 --names c -o r") == 0
+    options = CountOptions(Path("p.jpg"), weights="w", limit=1, names=["c"])
+    assert calls == [(CountOptions(Path("p.jpg"), weights="w"), Path("runs")), (options, Path("r"))]
+    assert run("detect count --help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "count --weights WEIGHTS [--limit LIMIT]" in out
+    assert "Most pictures. (type: int, default: 5)" in out
+    assert "(type: str, default: ['a', 'b'])" in out
+    for line, told in (("", "missing: SOURCE, --weights"), ("p --weights w --limit -1", "must not be negative"),
+                       ("p --weights w --limits 3", "did you mean '--limit'?")):  # fmt: skip
+        assert run(f"detect count {line}") == 2
+        assert told in capsys.readouterr().err
+
+
 def test_help_has_docstrings_types_and_defaults(capsys):
     assert run("detect predict --help") == 0
     out = capsys.readouterr().out
@@ -155,7 +199,7 @@ def test_menus_and_version(capsys):
     ("line", "parts"),
     [
         ("detct", ["'detct'", "detect, doctor", "did you mean 'detect'"]),
-        ("detect trian", ["'trian'", "train, predict, score, fail", "did you mean 'train'"]),
+        ("detect trian", ["'trian'", "train, predict, score, count, fail", "did you mean 'train'"]),
         ("detect predict m a --cnf 3", ["unknown flag --cnf", "did you mean '--conf'", "--help"]),
         ("detect predict m a --conf x", ["--conf is 'x'", "a number"]),
         ("detect predict m a --max-det 2.5", ["--max_det is '2.5'", "a whole number"]),

@@ -139,7 +139,7 @@ def test_expressivity_thresholds():
 
 
 def test_linreg_is_solved_by_least_squares():
-    options = icl.ICLOptions(stacks=(), task="linreg", dims=3, points=8)
+    options = icl.ICLOptions([], task="linreg", dims=3, points=8)
     batch = icl.linreg(options, 5, torch.Generator().manual_seed(0))
     assert batch.inputs.shape == (5, 16, 4)
     x, y = batch.inputs[:, ::2, :3], batch.inputs[:, 1::2, 3]
@@ -151,7 +151,7 @@ def test_linreg_is_solved_by_least_squares():
 
 
 def test_parity_is_a_product_of_two_signs():
-    options = icl.ICLOptions(stacks=(), task="parity", dims=5, points=40)
+    options = icl.ICLOptions([], task="parity", dims=5, points=40)
     batch = icl.parity(options, 6, torch.Generator().manual_seed(0))
     x = batch.inputs[:, ::2, :5]
     pairs = torch.stack([x[..., i] * x[..., j] for i in range(5) for j in range(i)], dim=-1)
@@ -159,7 +159,7 @@ def test_parity_is_a_product_of_two_signs():
 
 
 def test_mqar_asks_every_key_once():
-    options = icl.ICLOptions(stacks=(), task="mqar", points=4, vocabulary=20)
+    options = icl.ICLOptions([], task="mqar", points=4, vocabulary=20)
     batch = icl.mqar(options, 7, torch.Generator().manual_seed(0))
     assert batch.inputs.shape == (7, 32)
     for tokens, places, answers in zip(batch.inputs, batch.places, batch.answers, strict=True):
@@ -171,7 +171,7 @@ def test_mqar_asks_every_key_once():
 
 
 def test_retrieval_asks_a_key_that_was_told():
-    options = icl.ICLOptions(stacks=(), task="retrieval", dims=6, points=5)
+    options = icl.ICLOptions([], task="retrieval", dims=6, points=5)
     batch = icl.retrieval(options, 9, torch.Generator().manual_seed(0))
     keys, values, query = batch.inputs[:, :5, :6], batch.inputs[:, :5, 6:], batch.inputs[:, 5, :6]
     nearest = (keys @ query[..., None]).argmax(1)[..., None].expand(-1, -1, 6)
@@ -245,7 +245,7 @@ def test_causal_reader_of_the_last_token_has_a_recency_bias():
 def test_commands_write_a_table_json_and_a_plot(arguments, tmp_path, capsys):
     if arguments[0] in ("recency", "smooth"):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    assert cli.main(["probe", *arguments, "--out", str(tmp_path)]) == 0
+    assert cli.main(["probe", *arguments, "-o", str(tmp_path)]) == 0
     (result,) = tmp_path.glob("*.json")
     rows = json.loads(result.read_text())["rows"]
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
@@ -274,7 +274,7 @@ def test_commands_write_a_table_json_and_a_plot(arguments, tmp_path, capsys):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_mistakes_are_one_line(arguments, told, tmp_path, capsys):
-    assert cli.main(["probe", *arguments, "--out", str(tmp_path)]) == 2
+    assert cli.main(["probe", *arguments, "-o", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1

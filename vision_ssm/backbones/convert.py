@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vision_ssm.checkpoint import load_matching
 from vision_ssm.errors import UserError
+from vision_ssm.published_ss2d import ss2d_entry
 
 VIM_ANCHOR, VMAMBA_ANCHOR = "layers.0.mixer.A_b_log", "layers.0.blocks.0.op.A_logs"
 """Published names that only a Vim, and only a VMamba of the second version, has."""
@@ -35,12 +36,6 @@ VMAMBA_RENAMES = (
     (r"^classifier\.head\.", "head.fc."),
     (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
     (r"\.op\.", ".ss2d."),
-    (r"\.conv2d\.", ".conv."),
-    (r"\.out_norm\.", ".norm."),
-    (r"\.A_logs$", ".scan.A_log"),
-    (r"\.Ds$", ".scan.D"),
-    (r"\.dt_projs_", ".scan.dt_"),
-    (r"\.x_proj_weight$", ".x_proj.weight"),
 )
 
 
@@ -60,7 +55,9 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if VIM_ANCHOR in published:
         converted = _from_vim(published)
     elif VMAMBA_ANCHOR in published:
-        converted = dict(_vmamba_entry(name, tensor) for name, tensor in published.items())
+        converted = {}
+        for name, tensor in published.items():
+            converted |= _vmamba_entry(name, tensor)
     else:
         raise UserError(
             f"no published Vim or VMamba (second version): there is no parameter {VIM_ANCHOR} and no {VMAMBA_ANCHOR}"
@@ -123,17 +120,13 @@ def _from_vim(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _vmamba_entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+def _vmamba_entry(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Our name and shape; linear layers were published as such and as convolutions of width 1."""
     for pattern, replacement in VMAMBA_RENAMES:
         name = re.sub(pattern, replacement, name)
-    if name.endswith((".in_proj.weight", ".out_proj.weight")):
-        return name, tensor.flatten(1)[..., None, None]
-    if name.endswith(".x_proj.weight"):  # (K, R + 2N, D)
-        return name, tensor.flatten(0, 1)[..., None, None]
-    if name.endswith((".scan.A_log", ".scan.D")):  # (K * D, ...)
-        return name, tensor.unflatten(0, (4, -1))
-    return name, tensor.flatten(1) if ".mlp." in name and tensor.ndim > 1 else tensor
+    if ".mlp." in name and tensor.ndim > 1:
+        tensor = tensor.flatten(1)
+    return ss2d_entry(name, tensor, gated=False)
 
 
 def network_of(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ def bench_kernels(
     repeats: int = 20,
     check: bool = True,
     quick: bool = False,
-    out: Path = Path("runs/bench_kernels"),
+    output: Path = Path("runs/bench_kernels"),
 ) -> int:
     """Check the kernels against float64, time them, and compare with this machine's limits and with attention.
 
@@ -35,7 +35,7 @@ def bench_kernels(
         check: Compare values and gradients with float64 before anything is timed.
         quick: A quarter of the repeats, every second length in the first plot, and at length 65,536 no comparison
             with the sequential reference.
-        out: Folder for the results.
+        output: Folder for the results.
 
     Returns:
         Exit code: 0, or 1 when a result is wrong or a workload could not be run.
@@ -45,7 +45,7 @@ def bench_kernels(
     return run_session(
         Options(
             workloads=None if workloads is None else tuple(workloads), shapes=tuple(shape or ()), dtype=dtype,
-            backends=tuple(backends), device=device, repeats=repeats, check=check, quick=quick, out=out,
+            backends=tuple(backends), device=device, repeats=repeats, check=check, quick=quick, output=output,
         )
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ class Options:
     repeats: int
     check: bool
     quick: bool
-    out: Path
+    output: Path
 
 
 def run_session(options: Options) -> int:
@@ -60,7 +60,7 @@ def run_session(options: Options) -> int:
     dtype = DTYPES[options.dtype if options.dtype != "auto" else "bf16" if gpu else "fp32"]
     workloads = catalogue.choose(options.workloads, options.shapes, on_gpu=gpu)
     names = {_backend(name, device, dtype): None for name in options.backends}
-    check_writable(options.out)
+    check_writable(options.output)
     stopwatch = Stopwatch(
         device, max(min(3, options.repeats), options.repeats // 4) if options.quick else options.repeats
     )
@@ -86,8 +86,8 @@ def run_session(options: Options) -> int:
     if options.check:
         _check_lengths(results, device, next(iter(names)), quick=options.quick)
     _measure_lengths(results, stopwatch, next(iter(names)), quick=options.quick)
-    report.write(results, options.out)
-    print(f"written to {options.out}")
+    report.write(results, options.output)
+    print(f"written to {options.output}")
     return 0 if results.passed and forms_agree(results.float64_forms) else 1
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from vision_ssm.data.labelled import find_labelled, to_square
 from vision_ssm.errors import UserError
 from vision_ssm.explain import Method
 from vision_ssm.explain.maps import combine, make_maps
+from vision_ssm.explain.options import ClassifyOptions, PerturbOptions
 from vision_ssm.explain.page import Panel, write_page
 from vision_ssm.explain.perturb import perturbation_test
 from vision_ssm.explain.recording import Layer, Recording, record
@@ -77,74 +77,56 @@ def heats_of(
     return [(title, combine(heats, batch.shape[-2:], tokens=tokens)) for title, heats in found], logits.detach()
 
 
-def run_explain(
-    picture: Path,
-    *,
-    weights: Path,
-    output: Path,
-    name: str | None = None,
-    layer: str = "all",
-    method: Method = "attribution",
-    per_direction: bool = False,
-    device: str = "auto",
-) -> int:
-    """Write maps for one picture; arguments as `vssm explain classify`.
+def run_explain(options: ClassifyOptions) -> int:
+    """Write maps for one picture.
 
     Raises:
         UserError: no such weights, picture, class or layer.
     """
-    classifier = Classifier.load(weights, device=device)
+    name, picture = options.name, options.picture
+    classifier = Classifier.load(options.weights, device=options.device)
     if name is not None and name not in classifier.classes:
         raise UserError(f"there is no class {name!r}; these weights know {', '.join(classifier.classes)}")
     square = to_square(read_image(picture), classifier.side)
     batch = _batch(classifier, square[None])
     labels = None if name is None else [classifier.classes.index(name)]
     maps, logits = heats_of(
-        classifier.network, batch, method, labels=labels, layer=layer, per_direction=per_direction
+        classifier.network, batch, options.method, labels=labels, layer=options.layer,
+        per_direction=options.per_direction,
     )  # fmt: skip
     label = int(logits[0].argmax()) if labels is None else labels[0]
     what = f"{classifier.classes[label]} {float(logits[0].softmax(0)[label]):.2f}"
     panels = [Panel(f"{what}: {title}", heat[0].numpy(), square) for title, heat in maps]
-    facts = {"picture": picture, "weights": weights, "class": what, "method": method, "layers": layer}
-    write_page(output, f"What {what} was seen by in {picture.name}", panels, facts=facts, reading=READING)
+    facts = {"picture": picture, "weights": options.weights, "class": what, "method": options.method,
+             "layers": options.layer}  # fmt: skip
+    write_page(options.output, f"What {what} was seen by in {picture.name}", panels, facts=facts, reading=READING)
     return 0
 
 
-def run_perturb(
-    weights: Path,
-    data: Path,
-    *,
-    output: Path | None = None,
-    layer: str = "all",
-    methods: Sequence[Method] = ("raw", "rollout", "attribution"),
-    cells: int = 8,
-    count: int = 200,
-    batch_size: int = 20,
-    seed: int = 0,
-    device: str = "auto",
-) -> int:
-    """Print the perturbation test of a classifier's maps; arguments as `vssm explain perturb`.
+def run_perturb(options: PerturbOptions) -> int:
+    """Print the perturbation test of a classifier's maps.
 
     Raises:
-        UserError: no such weights or pictures, or a number below 1.
+        UserError: no such weights or pictures, more cells than pixels, or a folder as output.
     """
-    for name, value in (("cells", cells), ("count", count), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}")
+    output, cells, seed = options.output, options.cells, options.seed
     if output is not None:
         if output.is_dir():
             raise UserError(f"output is the folder {output}; give a file such as {output / 'test.json'}")
         check_writable(output.parent)
-    classifier = Classifier.load(weights, device=device)
+    classifier = Classifier.load(options.weights, device=options.device)
     if cells > classifier.side:
         raise UserError(f"cells must be at most the pictures' {classifier.side} pixels, got {cells}")
-    pictures = find_labelled(data, "val", classifier.classes)
-    drawn = np.random.default_rng(seed).permutation(len(pictures))[:count]
+    pictures = find_labelled(options.data, "val", classifier.classes)
+    drawn = np.random.default_rng(seed).permutation(len(pictures))[: options.count]
     squares = read_squares(pictures, classifier.side)[drawn]
     images, labels = _batch(classifier, squares), torch.from_numpy(pictures.labels[drawn]).long()
     results = {}
-    for method in methods:
-        parts = [heats_of(classifier.network, part, method, layer=layer)[0][0][1] for part in images.split(batch_size)]
+    for method in options.method:
+        parts = [
+            heats_of(classifier.network, part, method, layer=options.layer)[0][0][1]
+            for part in images.split(options.batch_size)
+        ]
         test = perturbation_test(
             classifier.network, images, labels, F.adaptive_avg_pool2d(torch.cat(parts), cells),
             blank=images.mean((0, 2, 3), keepdim=True), seed=seed,

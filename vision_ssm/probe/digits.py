@@ -1,17 +1,16 @@
 """Handwritten digits (8 x 8, from scikit-learn's wheel) as sequences of 64 pixel tokens, and a classifier of them."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_ssm.probe.options import Pool
 from vision_ssm.probe.stack import Stack, StackConfig, fit
 
 # Shapes: B pictures, L = 64 pixels row by row.
 
-Pool = Literal["last", "mean"]
 LENGTH, CLASSES, TEST, BATCH = 64, 10, 500, 64
 
 

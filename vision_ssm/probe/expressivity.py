@@ -10,13 +10,12 @@ tokens; the features are the mixer's outputs at these, so only what the mixer ca
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_ssm.errors import UserError
+from vision_ssm.probe.options import ExpressivityOptions
 from vision_ssm.probe.report import Report
 from vision_ssm.probe.stack import StackConfig
 
@@ -33,25 +32,9 @@ GAIN = 0.2
 STATES, BLOCK = 64, 4
 """Of the references, and the side of a block in the block-diagonal one."""
 RIDGE = 1e-8
-LEAST_PATHS = 1000
 GROUP = 500
 """Paths at a time."""
 REFERENCES = ("LTI", "gate only", "diagonal", "two diagonal", "block-diagonal", "dense")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpressivityOptions:
-    """Settings of the probe."""
-
-    stacks: tuple[StackConfig, ...] = ()
-    references: bool = True
-    paths: int = 8000
-    """Three in four are fitted, the rest scored."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.paths < LEAST_PATHS:
-            raise UserError(f"paths must be at least {LEAST_PATHS}, or the fit says nothing, got {self.paths}")
 
 
 def paths(count: int, seed: int) -> Tensor:
@@ -145,14 +128,14 @@ def _diagonal(log_decays: Tensor, inputs: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def measure(options: ExpressivityOptions) -> Report:
+def measure(options: ExpressivityOptions, stacks: list[StackConfig]) -> Report:
     """R2 of every target for every row."""
     steps = paths(options.paths, options.seed)
     targets = signature(steps)
     columns, rows = ("layer", *TARGETS), []
     for name in REFERENCES if options.references else ():
         rows.append((f"reference: {name}", *read_out(reference_features(name, steps, options.seed), targets)))
-    for config in options.stacks:
+    for config in stacks:
         row = read_out(stack_features(config, steps, options.seed), targets)
         rows.append((config.label, *row))
     axes = {"ylabel": "R2 on new paths"}

@@ -12,47 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_ssm.device import choose_device
-from vision_ssm.errors import UserError
-from vision_ssm.probe.commands import Task
+from vision_ssm.probe.options import HIDDEN, ICLOptions, Task
 from vision_ssm.probe.report import Curve, Report
 from vision_ssm.probe.stack import Stack, StackConfig, fit
 
 # Shapes: B sequences, L tokens, P points (examples or pairs), K numbers in an x, a key or a value.
 
 TEST = 1024
-HIDDEN = 2
-"""Signs whose product is the answer of parity."""
 SPACING = 8
 """Tokens of an mqar sequence for every pair: two for the pair, then one query among fillers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ICLOptions:
-    """Settings of the probe; meanings are those of `vssm probe icl`."""
-
-    stacks: tuple[StackConfig, ...]
-    task: Task
-    dims: int = 5
-    points: int = 16
-    vocabulary: int = 256
-    steps: int = 2000
-    batch_size: int = 32
-    lr: float = 2e-3
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("points", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise UserError(f"lr must be above 0, got {self.lr}")
-        least = HIDDEN + 1 if self.task == "parity" else 1
-        if self.dims < least:
-            raise UserError(f"dims must be at least {least} for {self.task}, got {self.dims}")
-        if self.task == "mqar" and self.vocabulary < 2 * self.points:
-            raise UserError(f"mqar needs a key of its own for each of {self.points} pairs: a vocabulary of at least "
-                            f"{2 * self.points}, got {self.vocabulary}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,11 +121,11 @@ def score(task: Task, found: Tensor, answers: Tensor) -> Tensor:
     return (errors if task == "linreg" else errors.sum(-1)).mean(0)
 
 
-def measure(options: ICLOptions) -> Report:
+def measure(options: ICLOptions, stacks: list[StackConfig]) -> Report:
     """Train every stack and score it."""
     device = choose_device(options.device)
     rows, curves = [], []
-    for config in options.stacks:
+    for config in stacks:
         torch.manual_seed(options.seed)
         model = build_stack(config, options).to(device)
         seconds = fit(
@@ -177,7 +145,7 @@ def measure(options: ICLOptions) -> Report:
     reference = ("reference: answer zero", 1.0) if chance is None else ("reference: guess", chance)
     rows.insert(0, (reference[0], None, reference[1], None))
     columns = ("stack", "parameters", SCORES[options.task], "seconds")
-    settings = {**vars(options), "device": str(device), "stacks": [vars(c) for c in options.stacks]}
+    settings = options.settings(stacks) | {"device": str(device)}
     axes = {"ylabel": SCORES[options.task]} | ({"xlabel": "examples seen"} if curves else {})
     return Report(f"icl_{options.task}", settings, columns, rows, curves, axes)
 

@@ -5,7 +5,6 @@ every mixer; and transmission, the product of k decays, for those that have deca
 loses its first, middle or last pixels to noise: a model without a recency bias loses as much at either end.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.mixing import S4D, S6, SSD
-from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import NO_OPTIONS, ScanOptions
 from vision_ssm.mixers import SCAN_MIXERS
 from vision_ssm.mixing import mixings
 from vision_ssm.probe import digits
+from vision_ssm.probe.options import RecencyOptions
 from vision_ssm.probe.report import Curve, Report
 from vision_ssm.probe.stack import Stack, StackConfig
 
@@ -29,24 +28,6 @@ PROBES = 32
 """Random directions of the output for each sequence."""
 NOISY = 8
 """Pixels that are replaced."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecencyOptions:
-    """Settings of the probe."""
-
-    stacks: tuple[StackConfig, ...]
-    pool: digits.Pool = "last"
-    length: int = 256
-    steps: int = 400
-    """Of training for the corruption test; 0 leaves it out."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.length < 8:
-            raise UserError(f"length must be at least 8, got {self.length}")
-        if self.steps < 0:
-            raise UserError(f"steps must not be negative, got {self.steps}")
 
 
 def influence(mixer: nn.Module, x: Tensor) -> Tensor:
@@ -139,16 +120,16 @@ def _corrupted(config: StackConfig, options: RecencyOptions) -> list[float]:
     return accuracies(model, pixels[test], labels[test], options.pool, options.seed)
 
 
-def measure(options: RecencyOptions) -> Report:
+def measure(options: RecencyOptions, stacks: list[StackConfig]) -> Report:
     """Both curves, and the corruption test, for every stack."""
     kinds = ("influence", "transmission", "best state")
     columns = ("stack", *(f"{kind} {k}" for kind in kinds for k in _distances(options)))
     columns += ("clean %", "first %", "middle %", "last %")
     rows, curves = [], []
-    for config in options.stacks:
+    for config in stacks:
         cells, drawn = _untrained(config, options)
         curves += drawn
         rows.append((config.label, *cells, *(_corrupted(config, options) if options.steps else [None] * 4)))
-    settings = {**vars(options), "noisy pixels": NOISY, "stacks": [vars(c) for c in options.stacks]}
+    settings = options.settings(stacks) | {"noisy pixels": NOISY}
     axes = {"xlabel": "distance in tokens", "ylabel": "relative to distance 0", "xscale": "log", "yscale": "log"}
     return Report("recency", settings, columns, rows, curves, axes)

@@ -7,12 +7,11 @@ a perfect model that believes the step to be that of training.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.errors import UserError
+from vision_ssm.probe.options import SamplingOptions
 from vision_ssm.probe.report import Report
 from vision_ssm.probe.stack import Stack, StackConfig, fit
 
@@ -24,20 +23,6 @@ LOW, HIGH = 2.0, 8.0
 BATCH, TEST, LR = 64, 1024, 4e-3
 RATES = {"0.1": (STEP, 0.0), "0.08": (0.08, 0.0), "0.125": (0.125, 0.0), "jitter 50 %": (STEP, 0.5)}
 """Column -> mean step in seconds, and the largest relative deviation of a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """Settings of the probe."""
-
-    stacks: tuple[StackConfig, ...]
-    steps: int = 400
-    seeds: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def signals(count: int, step: float, jitter: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -75,7 +60,7 @@ def errors(config: StackConfig, steps: int, seed: int) -> list[float]:
     return found
 
 
-def measure(options: SamplingOptions) -> Report:
+def measure(options: SamplingOptions, stacks: list[StackConfig]) -> Report:
     """Mean and largest deviation over seeds, for every stack."""
     columns = ("stack", *RATES, *(f"+- {name}" for name in RATES))
     rms = ((LOW**2 + LOW * HIGH + HIGH**2) / 3) ** 0.5
@@ -88,9 +73,8 @@ def measure(options: SamplingOptions) -> Report:
             *[None] * 4,
         ),
     ]
-    for config in options.stacks:
+    for config in stacks:
         found = torch.tensor([errors(config, options.steps, seed) for seed in range(options.seeds)])
         mean = found.mean(0)
         rows.append((config.label, *mean.tolist(), *(found - mean).abs().amax(0).tolist()))
-    settings = {"steps": options.steps, "seeds": options.seeds, "stacks": [vars(c) for c in options.stacks]}
-    return Report("sampling", settings, columns, rows, axes={"ylabel": "error, radians a second"})
+    return Report("sampling", options.settings(stacks), columns, rows, axes={"ylabel": "error, radians a second"})

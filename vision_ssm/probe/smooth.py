@@ -5,33 +5,18 @@ picture (1: all point one way), and the relative Dirichlet energy, the mean squa
 mean square of the tokens about their mean (1: neighbours are as unlike as any two; 0: constant along the sequence).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_ssm.errors import UserError
 from vision_ssm.probe import digits
+from vision_ssm.probe.options import SmoothOptions
 from vision_ssm.probe.report import Curve, Report
 from vision_ssm.probe.stack import StackConfig
 
 # Shapes: B pictures, L tokens, C width.
 
 PICTURES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SmoothOptions:
-    """Settings of the probe."""
-
-    stacks: tuple[StackConfig, ...]
-    steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"steps must not be negative, got {self.steps}")
 
 
 def cosine(tokens: Tensor) -> float:
@@ -53,12 +38,12 @@ def _gauges(states: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float, flo
     return [(cosine(h), energy(h), cosine(added), energy(added)) for h, added in states]
 
 
-def measure(options: SmoothOptions) -> Report:
+def measure(options: SmoothOptions, stacks: list[StackConfig]) -> Report:
     """The gauges by depth for every stack, on digits as sequences of pixels."""
     pixels, labels = digits.load()
     columns = ("stack", "after block", "cosine", "energy", "cosine of its output", "energy of its output")
     rows, curves = [], []
-    for config in options.stacks:
+    for config in stacks:
         torch.manual_seed(options.seed)
         model = digits.classifier(config)
         if options.steps:
@@ -68,5 +53,5 @@ def measure(options: SmoothOptions) -> Report:
         rows += [(config.label, depth, *gauges) for depth, gauges in enumerate(found)]
         for name, i in (("cosine", 0), ("energy", 1)):
             curves.append(Curve(f"{config.label}: {name}", range(len(found)), [gauges[i] for gauges in found]))
-    settings = {"steps": options.steps, "seed": options.seed, "stacks": [vars(c) for c in options.stacks]}
-    return Report("smooth", settings, columns, rows, curves, {"xlabel": "blocks", "ylabel": "cosine, relative energy"})
+    axes = {"xlabel": "blocks", "ylabel": "cosine, relative energy"}
+    return Report("smooth", options.settings(stacks), columns, rows, curves, axes)
