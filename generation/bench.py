@@ -39,8 +39,6 @@ MEASURED: tuple[MixerName, ...] = ("s6", "ssd")
 _LONGEST_MS = 1000.0
 """A forward and backward pass that is expected to take longer is left out."""
 _NO_ROOM = "out of memory"
-_HEAD_START = 20_000_000
-"""GPU clocks (about ten milliseconds): longer than Python takes for a forward and backward pass of three layers."""
 _COLUMNS = (
     "study", "layer", "length", "forward ms", "forward + backward ms", "of attention's", "kept MiB", "peak MiB",
 )  # fmt: skip
@@ -224,7 +222,7 @@ def run_bench(
     folder = Path(output)
     check_writable(folder)
     found = _studies(studies, _GPU if place.type == "cuda" else _CPU, width, tokens, frames)
-    stopwatch = Stopwatch(place, repeats, head_start=_HEAD_START)
+    stopwatch = Stopwatch(place, repeats)
     facts = machine(place) | {"precision": "bf16 autocast" if place.type == "cuda" else "float32"}
     report = [", ".join(f"{name} {value}" for name, value in facts.items()), "", _cells(*_COLUMNS), _rule(_COLUMNS)]
     print("\n".join(report))

@@ -16,8 +16,10 @@ from vision_ssm.bench.floors import SLOTS_PER_EXP2, Rates
 
 _SECONDS = 2.0
 """Time after which a measurement is not repeated any more."""
-_HEAD_START = 4_000_000
-"""GPU clocks (about two milliseconds) that a full queue begins with: longer than Python takes for a call."""
+_CLOCKS = 2_000_000
+"""GPU clocks in a millisecond, about."""
+_HEAD_START, _LONGEST = 2.0, 200.0
+"""Milliseconds that a full queue begins with, at least and at most; in between twice what Python takes for the call."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,10 @@ class Stopwatch:
     Args:
         device: CPU or CUDA.
         repeats: runs of each measurement, at least 1; fewer where a run is slow.
-        head_start: GPU clocks that a full queue begins with.
     """
 
-    def __init__(self, device: torch.device, repeats: int, *, head_start: int = _HEAD_START) -> None:
-        self.device, self.repeats, self.head_start = device, repeats, head_start
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
         self._flush = None
         if device.type == "cuda":
             size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -64,7 +65,8 @@ class Stopwatch:
             wall = self._repeat(function, self._on_cpu)
             return Measured(wall, wall, None)
         memory = self._peak(function)
-        full = self._repeat(function, lambda f: self._on_gpu(f, self.head_start))
+        head_start = min(max(_HEAD_START, 2 * self._on_host(function)), _LONGEST)
+        full = self._repeat(function, lambda f: self._on_gpu(f, head_start))
         return Measured(full, self.eager(function), memory)
 
     def eager(self, function: Callable[[], object]) -> Timing:
@@ -85,13 +87,18 @@ class Stopwatch:
         function()
         return (time.perf_counter() - start) * 1e3
 
-    def _on_gpu(self, function: Callable[[], object], head_start: int) -> float:
+    def _on_host(self, function: Callable[[], object]) -> float:
+        """Milliseconds until Python has started everything on the GPU."""
+        self._wait()
+        return self._on_cpu(function)
+
+    def _on_gpu(self, function: Callable[[], object], head_start: float) -> float:
         assert self._flush is not None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait()
         self._flush.zero_()
         if head_start:
-            torch.cuda._sleep(head_start)
+            torch.cuda._sleep(round(head_start * _CLOCKS))
         else:
             self._wait()
         start.record()
