@@ -58,12 +58,17 @@ class DirectionalScan(MixingMatrix, nn.Module):
         padding, kernel = ((0, taps), self.conv.weight.flip(-1)) if self.reverse else ((taps, 0), self.conv.weight)
         u = F.conv1d(F.pad(x.transpose(1, 2), padding), kernel, self.conv.bias, groups=self.conv.groups)
         u = F.silu(u).transpose(1, 2).contiguous()
-        return self.scanned(u, z.to(u.dtype))[0]
+        return self.scanned(u, z.to(u.dtype), last=True)[0]
 
     def scanned(
-        self, u: Tensor, gate: Tensor, axis: int = 1, start: Tensor | None = None, memory: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What follows the convolution, along any axis but the last: gated output, state and replayed memory after."""
+        self, u: Tensor, gate: Tensor, axis: int = 1, start: Tensor | None = None, memory: Tensor | None = None, *,
+        last: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """What follows the convolution, along any axis but the last.
+
+        Returns:
+            The gated output, the state after it (None if this is the ``last`` piece) and the replayed memory after it.
+        """
         if self.replay is not None:
             u, memory = self.replay(u, axis, memory)
         delta, B, C = self.x_proj(u).split(self.split, dim=-1)  # (..., R | N | N)
@@ -71,7 +76,7 @@ class DirectionalScan(MixingMatrix, nn.Module):
         kept = B.shape[-1] - zeros
         A, D, bias = (constant[0] for constant in self.scan.exact(u))
         weight = self.scan.dt_weight[0]
-        y, final = selective_scan(
+        result = selective_scan(
             u,
             delta,
             A,
@@ -85,9 +90,10 @@ class DirectionalScan(MixingMatrix, nn.Module):
             reverse=self.reverse,
             dim=axis,
             initial_state=start,
-            return_final_state=True,
+            return_final_state=not last,
             backend=self.backend,
         )
+        y, final = output_and_state(result)
         if zeros:
             y = y + present_only(u, delta, weight, bias, B[..., kept:], C[..., kept:]) * F.silu(gate)
         return y, final, memory
@@ -144,3 +150,8 @@ class BidirectionalMamba(MixingMatrix, nn.Module):
         """See the class."""
         value, gate = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(0.5 * (self.forwards(value, gate) + self.backwards(value, gate)))
+
+
+def output_and_state(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What a scan returns, with or without its final state."""
+    return (result, None) if isinstance(result, Tensor) else result

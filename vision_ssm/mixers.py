@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels import causal_conv1d, ssd, ssd_noncausal
 from vision_ssm.errors import UserError
-from vision_ssm.mamba import DirectionalScan
+from vision_ssm.mamba import DirectionalScan, output_and_state
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
 from vision_ssm.mixing import MixingMatrix
@@ -51,16 +51,19 @@ class Direction(ABC):
     """One reading direction of a mixer."""
 
     @abstractmethod
-    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    def read(
+        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
+    ) -> tuple[Tensor, ScanState | None]:
         """Read a piece of the sequence.
 
         Args:
             projected: What the mixer's input projection gives, channels last.
             axis: The axis that is read.
             state: Of the same direction after the piece before (in reading order), None at the beginning.
+            last: Nothing follows: no state is made, which of short sequences is most of the numbers there are.
 
         Returns:
-            (..., D) outputs in place, and the state after the piece.
+            (..., D) outputs in place, and the state after the piece, None after the last.
         """
 
 
@@ -79,13 +82,15 @@ class S6Direction(DirectionalScan, Direction):
         )
         spare_from_decay(self.scan.A_log, self.scan.D)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    def read(
+        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
+    ) -> tuple[Tensor, ScanState | None]:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
-        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
+        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
-        y, scan, memory = self.scanned(u, gate, axis, start, memory)
-        return y, ScanState(conv, scan, memory)
+        y, scan, memory = self.scanned(u, gate, axis, start, memory, last=last)
+        return y, _state(conv, scan, memory)
 
 
 class SSDDirection(nn.Module, Direction):
@@ -108,11 +113,13 @@ class SSDDirection(nn.Module, Direction):
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
         spare_from_decay(self.A_log, self.D)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    def read(
+        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
+    ) -> tuple[Tensor, ScanState | None]:
         """See ``Direction``; ``projected`` is gate, input, B, C and step sizes, D | D | N | N | E."""
         inner = self.split[0]
         _, xBC, dt = projected.split((inner, sum(self.split), self.heads), dim=-1)
-        xBC, conv = _convolve(xBC, self.conv, axis, state, reverse=self.reverse)
+        xBC, conv = _convolve(xBC, self.conv, axis, state, reverse=self.reverse, last=last)
         x, B, C = xBC.split(self.split, dim=-1)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
         if self.replay is not None:
@@ -121,7 +128,7 @@ class SSDDirection(nn.Module, Direction):
         kept = self.heads - zeros
         x, B, C = x.unflatten(-1, (self.heads, -1)), B.unsqueeze(-2), C.unsqueeze(-2)
         D, dt_bias = exact(self.D, x), exact(self.dt_bias, x)
-        y, scan = ssd(
+        result = ssd(
             x[..., :kept, :],
             dt[..., :kept],
             F.pad(-exact(self.A_log, x).exp(), (ones, 0)),
@@ -133,12 +140,13 @@ class SSDDirection(nn.Module, Direction):
             reverse=self.reverse,
             dim=axis,
             initial_state=start,
-            return_final_state=True,
+            return_final_state=not last,
         )
+        y, scan = output_and_state(result)
         if zeros:
             now = present_heads(x[..., kept:, :], dt[..., kept:], B, C, D[kept:], dt_bias[kept:])
-            y = torch.cat([cast(Tensor, y), now], dim=-2)
-        return y.flatten(-2), ScanState(conv, scan, memory)
+            y = torch.cat([y, now], dim=-2)
+        return y.flatten(-2), _state(conv, scan, memory)
 
 
 class S4DDirection(nn.Module, Direction):
@@ -152,15 +160,17 @@ class S4DDirection(nn.Module, Direction):
         self.scan = S4D(inner, state_size=state_size, reverse=reverse, total=options.polar[0] > 0)
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    def read(
+        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
+    ) -> tuple[Tensor, ScanState | None]:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
-        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
+        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
         if self.replay is not None:
             u, memory = self.replay(u, axis, memory)
-        y, scan = self.scan.advance(u, axis, start)
-        return y * F.silu(gate), ScanState(conv, scan, memory)
+        y, scan = (self.scan(u, axis), None) if last and start is None else self.scan.advance(u, axis, start)
+        return y * F.silu(gate), _state(conv, scan, memory)
 
 
 class ConvDirection(nn.Module, Direction):
@@ -172,11 +182,13 @@ class ConvDirection(nn.Module, Direction):
         self.reverse = reverse
         self.conv = nn.Conv1d(inner, inner, TAPS, groups=inner)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    def read(
+        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
+    ) -> tuple[Tensor, ScanState | None]:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
-        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse)
-        return u * F.silu(gate), ScanState(conv, u.select(axis, 0)[..., :0].float())
+        u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
+        return u * F.silu(gate), _state(conv, u.select(axis, 0)[..., :0].float(), None)
 
 
 class Mixer(nn.Module, ABC):
@@ -239,16 +251,22 @@ class ScanMixer(Mixer):
 
     def forward(self, x: Tensor, axis: int) -> Tensor:
         """Mix whole sequences along ``axis``."""
-        return self.advance(x, axis)[0]
+        return self._mixed(x, axis, None, None, last=True)[0]
 
     def advance(
         self, x: Tensor, axis: int, before: ScanState | None = None, after: ScanState | None = None
     ) -> tuple[Tensor, ScanState]:
         """See ``Mixer``."""
+        y, state = self._mixed(x, axis, before, after, last=False)
+        return y, cast(ScanState, state)
+
+    def _mixed(
+        self, x: Tensor, axis: int, before: ScanState | None, after: ScanState | None, *, last: bool
+    ) -> tuple[Tensor, ScanState | None]:
         projected = self.in_proj(x)
-        y, state = self.forwards.read(projected, axis, before)
+        y, state = self.forwards.read(projected, axis, before, last=last)
         if self.backwards is not None:
-            y = 0.5 * (y + self.backwards.read(projected, axis, after)[0])
+            y = 0.5 * (y + self.backwards.read(projected, axis, after, last=True)[0])
         return self.out_proj(self.gated(y, projected)), state
 
     def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
@@ -500,10 +518,10 @@ def from_lines(lines: Tensor, shape: torch.Size, axis: int) -> Tensor:
 
 
 def _convolve(
-    x: Tensor, conv: nn.Conv1d, axis: int, state: ScanState | None, *, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution and SiLU; also the inputs that the next piece needs."""
-    y, last = causal_conv1d(
+    x: Tensor, conv: nn.Conv1d, axis: int, state: ScanState | None, *, reverse: bool, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Causal depthwise convolution and SiLU; also the inputs that the next piece needs, unless this is the last."""
+    result = causal_conv1d(
         x,
         conv.weight.squeeze(1),
         conv.bias,
@@ -511,9 +529,13 @@ def _convolve(
         reverse=reverse,
         dim=axis,
         initial_state=None if state is None else state.conv,
-        return_final_state=True,
+        return_final_state=not last,
     )
-    return y, last
+    return output_and_state(result)
+
+
+def _state(conv: Tensor | None, scan: Tensor | None, memory: Tensor | None) -> ScanState | None:
+    return None if conv is None or scan is None else ScanState(conv, scan, memory)
 
 
 def _heads(inner: int) -> int:

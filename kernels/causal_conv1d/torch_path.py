@@ -9,6 +9,7 @@ Shapes as in reference.py.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 
 def _read(x: Tensor, initial_state: Tensor | None, width: int, reverse: bool) -> Tensor:
@@ -46,7 +47,7 @@ def _of_weight(read: Tensor, g: Tensor, width: int) -> Tensor:
     """sum of g_t read_{t + j}, (D, T)."""
     if _by_onednn(read):
         shape = (g.shape[3], 1, width, 1)
-        return torch.nn.grad.conv2d_weight(_maps(read), shape, _maps(g), groups=shape[0])[:, 0, :, 0]
+        return conv2d_weight(_maps(read), shape, _maps(g), groups=shape[0])[:, 0, :, 0]
     return torch.stack([(g * read[:, j : j + g.shape[1]]).sum((0, 1, 2)) for j in range(width)], dim=1)
 
 

@@ -29,7 +29,7 @@ def _on(t: Tensor):
 
 
 def saved(
-    x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int
+    x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int, *, started: bool = True
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape (S, K, E, Q, P, N) and dtype of the states that `forward` keeps."""
     count = cdiv(length_of(x, orders), chunk_length(x, chunk))
@@ -54,14 +54,16 @@ def _decays(plan: Plan, inputs: Inputs, softplus: bool) -> tuple[Tensor, Tensor]
 
 def _states(
     plan: Plan, value: Tensor, of_value: bool, row: Tensor, steps: Tensor, decays: Tensor,
-    start: Tensor | None, *, adjoint: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    start: Tensor | None, *, adjoint: bool, want_last: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """States before every chunk as it is walked (S, K, E, Q, P, N), and the last one (S, K, E, P, N) float32."""
     tile = plan.tiles.state
     shape = (plan.sequences, plan.directions, plan.heads)
     size = (plan.head_dim, plan.states)
     states = value.new_empty((*shape, plan.count, *size), dtype=plan.operand)
-    final = decays.new_empty((*shape, *size))
+    if plan.count == 1 and start is None and not want_last:
+        return states.zero_(), None
+    final = decays.new_empty((*shape, *size)) if want_last else None
     for axis in plan.axes:
         sequences = plan.sequences * len(axis.directions) * plan.heads
         walks = sequences * plan.blocks_p(tile) * plan.blocks_n(tile)
@@ -96,15 +98,18 @@ def forward(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, *,
     orders: tuple[int, ...], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool,
+    want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, final states and the chunk states kept for `backward` (canonical form: see op.py)."""
+    """y, final states if wanted, and the chunk states kept for `backward` (canonical form: see op.py)."""
     inputs = Inputs(x, dt, A, Bm, C, D, dt_bias, initial_state)
     plan = Plan.of(x, Bm, orders, chunk)
     with _on(x):
         steps, decays = _decays(plan, inputs, softplus)
-        states, final = _states(plan, x, False, Bm, steps, decays, initial_state, adjoint=False)
+        states, final = _states(
+            plan, x, False, Bm, steps, decays, initial_state, adjoint=False, want_last=want_final
+        )  # fmt: skip
         y = _output(plan, inputs, steps, decays, states, merge, strict)
-    final = final.unflatten(0, (x.shape[0], plan.lines))
+    final = decays.new_empty(0) if final is None else final.unflatten(0, (x.shape[0], plan.lines))
     return y, final, states if need_backward else states.new_empty(0)
 
 
@@ -143,9 +148,11 @@ def backward(
     grad_final = None if grad_final is None else grad_final.contiguous()
     with _on(x):
         steps, decays = _decays(plan, inputs, softplus)
-        behind, start = _states(plan, dy, not merge, C, steps, decays, grad_final, adjoint=True)
+        behind, start = _states(
+            plan, dy, not merge, C, steps, decays, grad_final, adjoint=True, want_last=needs[7]
+        )  # fmt: skip
         found = _Gradient(plan, inputs, dy, merge, strict, needs, steps, decays, saved, behind).run(softplus)
-    return [*found, start.unflatten(0, (x.shape[0], plan.lines)) if needs[7] else None]
+    return [*found, None if start is None else start.unflatten(0, (x.shape[0], plan.lines))]
 
 
 class _Gradient:

@@ -213,7 +213,8 @@ def ssd_combine_kernel(start, ends, totals, final, dirs, n_dirs, K, n_segments, 
         end = tl.load(ends + at * size + offs, mask=ok, other=0.0)
         tl.store(ends + at * size + offs, h, mask=ok)
         h = h * exp2(tl.load(totals + at)) + end
-    tl.store(final + whole * size + offs, h, mask=ok)
+    if final is not None:
+        tl.store(final + whole * size + offs, h, mask=ok)
 
 
 @triton.jit

@@ -37,26 +37,30 @@ def _implementation(name: str):
 def _ssd_op(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    orders: Sequence[int], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool, backend: str,
+    orders: Sequence[int], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool,
+    want_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Canonical SSD: y, final states, and what the backward pass needs."""
+    """Canonical SSD: y, final states (empty if not wanted), and what the backward pass needs."""
     path = _implementation(choose_without_c("ssd", backend, x.device, x.dtype))
     with as_given(x):
         return path.forward(
             x, dt, A, Bm, C, D, dt_bias, initial_state, orders=tuple(orders), chunk=chunk, softplus=softplus,
-            merge=merge, strict=strict, need_backward=need_backward,
+            merge=merge, strict=strict, need_backward=need_backward, want_final=want_final,
         )  # fmt: skip
 
 
 @_ssd_op.register_fake
-def _(x, dt, A, Bm, C, D, dt_bias, initial_state, orders, chunk, softplus, merge, strict, need_backward, backend):
+def _(
+    x, dt, A, Bm, C, D, dt_bias, initial_state, orders, chunk, softplus, merge, strict, need_backward, want_final,
+    backend,
+):  # fmt: skip
     batch, height, width, heads, head_dim = x.shape
     path = _implementation(choose_without_c("ssd", backend, x.device, x.dtype))
     y = x.new_empty(x.shape if merge else (batch, height, width, len(orders), heads, head_dim))
     orders = tuple(orders)
-    final = A.new_empty(batch, lines_of(x, orders), len(orders), heads, head_dim, Bm.shape[5])
-    shape, dtype = path.saved(x, orders, Bm.shape[4], Bm.shape[5], chunk)
-    return y, final, x.new_empty(shape if need_backward else (0,), dtype=dtype)
+    state = (batch, lines_of(x, orders), len(orders), heads, head_dim, Bm.shape[5])
+    shape, dtype = path.saved(x, orders, Bm.shape[4], Bm.shape[5], chunk, started=initial_state is not None)
+    return y, A.new_empty(state if want_final else (0,)), x.new_empty(shape if need_backward else (0,), dtype=dtype)
 
 
 @torch.library.custom_op("vision_ssm::ssd_backward", mutates_args=())
@@ -86,7 +90,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.orders, ctx.chunk, ctx.softplus, ctx.merge, ctx.strict, _, ctx.backend = inputs
+    *tensors, ctx.orders, ctx.chunk, ctx.softplus, ctx.merge, ctx.strict, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
@@ -112,7 +116,7 @@ def _backward(ctx, grad_y, grad_final, _):
             ctx.backend,
         )
     )
-    return *(next(found) if need else None for need in needs), *(None,) * 7
+    return *(next(found) if need else None for need in needs), *(None,) * 8
 
 
 _ssd_op.register_autograd(_backward, setup_context=_setup_context)
@@ -126,8 +130,9 @@ def _canonical_ssd(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, *,
     orders: tuple[int, ...], chunk: int, softplus: bool, backend: str, merge: bool = True, strict: bool = False,
+    want_final: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs and final states of checked tensors in canonical form; the small ones are made contiguous here."""
+    """Outputs and, if wanted, final states of checked tensors in canonical form; small ones become contiguous here."""
     D, dt_bias, initial_state = (None if t is None else t.contiguous() for t in (D, dt_bias, initial_state))
     tensors = (x, dt, A.contiguous(), Bm, C, D, dt_bias, initial_state)
     name = choose_without_c("ssd", backend, x.device, x.dtype) if not torch.compiler.is_compiling() else backend
@@ -135,7 +140,7 @@ def _canonical_ssd(
         with as_given(x):
             return ssd_reference(*tensors, orders=orders, softplus=softplus, merge=merge, strict=strict)
     need_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, final, _ = _ssd_op(*tensors, list(orders), chunk, softplus, merge, strict, need_backward, backend)
+    y, final, _ = _ssd_op(*tensors, list(orders), chunk, softplus, merge, strict, need_backward, want_final, backend)
     return y, final
 
 
@@ -196,6 +201,7 @@ def ssd(
         orders=(LINES_REVERSED if reverse else LINES,),
         chunk=chunk,
         softplus=softplus,
+        want_final=return_final_state,
         backend=backend,
     )
     y = y.reshape(x.shape)
@@ -289,7 +295,7 @@ def ssd_2d(
     y, final = _canonical_ssd(
         x, dt, A, B, C, D, dt_bias, None if initial_state is None else initial_state.unsqueeze(1),
         orders=tuple(DIRECTIONS[d] for d in directions), chunk=chunk, softplus=softplus, merge=merge == "sum",
-        backend=backend,
+        want_final=return_final_state, backend=backend,
     )  # fmt: skip
     return (y, final.squeeze(1)) if return_final_state else y
 

@@ -27,12 +27,14 @@ def _chunk_length(x: Tensor, longest: int) -> int:
 
 
 def saved(
-    x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int
+    x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int, *, started: bool = True
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape (K, M, G, R, P, N) and dtype of the chunk start states that `forward` keeps."""
+    """Shape (K, M, G, R, P, N) and dtype of the chunk start states that `forward` keeps: none where all are zero."""
     count = -(-length_of(x, orders) // _chunk_length(x, chunk))
     sequences, (heads, head_dim) = x.shape[0] * lines_of(x, orders), x.shape[3:]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if count == 1 and not started:
+        return (0,), acc
     return (len(orders), sequences * count, groups, heads // groups, head_dim, states), acc
 
 
@@ -124,26 +126,41 @@ def _sequences(t: Tensor, count: int) -> Tensor:
     return t.unflatten(0, (-1, count))
 
 
+def _states(d: _Direction, count: int, *, want_final: bool) -> tuple[Tensor | None, Tensor | None]:
+    """States before every chunk (M, G, R, P, N), None where all are zero, and the last one, None where it may be.
+
+    Of short sequences the states are most of the numbers there are.
+    """
+    alone = count == 1 and d.start is None
+    if alone and not want_final:
+        return None, None
+    local = (d.u * d.to_end * d.dt.unsqueeze(-1)).transpose(-1, -2) @ d.Bm
+    whole = d.logs[..., -1].exp().to(d.dt.dtype)
+    starts, final = _chain(_sequences(local, count), _sequences(whole, count), d.start, backwards=False)
+    return None if alone else starts, final
+
+
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, *,
     orders: tuple[int, ...], chunk: int, softplus: bool, merge: bool, strict: bool, need_backward: bool,
+    want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, final states and (when a backward pass will come) chunk start states; canonical form of op.py."""
+    """Outputs, final states if wanted, chunk start states if a backward pass will come; canonical form of op.py."""
     batch, height, width = x.shape[:3]
     length, steps = length_of(x, orders), _chunk_length(x, chunk)
     count = -(-length // steps)
     outputs, finals, kept = [], [], []
     for k, order in enumerate(orders):
         d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
-        local = (d.u * d.to_end * d.dt.unsqueeze(-1)).transpose(-1, -2) @ d.Bm
-        whole = d.logs[..., -1].exp().to(d.dt.dtype)
-        starts, final = _chain(_sequences(local, count), _sequences(whole, count), d.start, backwards=False)
+        starts, final = _states(d, count, want_final=want_final)
         y = torch.empty_like(d.u)
         for s in _blocks(d):
             b = d.block(s)
             mixing = (b.C @ b.Bm.transpose(-1, -2)) * b.decay() * b.dt.unsqueeze(-2)
-            torch.add(mixing @ b.u, (b.C @ starts[s].transpose(-1, -2)) * b.from_start, out=y[s])
+            torch.matmul(mixing, b.u, out=y[s])
+            if starts is not None:
+                y[s] += (b.C @ starts[s].transpose(-1, -2)) * b.from_start
         if D is not None:
             y = torch.addcmul(y, d.u, D[k].view(*d.A.shape, 1, 1))
         y = write_in_order(_join(y, count, length), order, batch, height, width)
@@ -151,11 +168,15 @@ def forward(
             outputs[0] += y
         else:
             outputs.append(y.contiguous())
-        finals.append(final.flatten(1, 2).unflatten(0, (batch, -1)))
-        kept.append(starts)
+        if final is not None:
+            finals.append(final.flatten(1, 2).unflatten(0, (batch, -1)))
+        if starts is not None and need_backward:
+            kept.append(starts)
     y = outputs[0] if merge else torch.stack(outputs, dim=3)
-    saved_states = torch.stack(kept) if need_backward else kept[0].new_empty(0)
-    return y.to(x.dtype), torch.stack(finals, dim=2), saved_states
+    nothing = outputs[0].new_empty(0)
+    return (
+        y.to(x.dtype), torch.stack(finals, dim=2) if finals else nothing, torch.stack(kept) if kept else nothing.clone()
+    )  # fmt: skip
 
 
 class _Gradients(NamedTuple):
@@ -168,24 +189,31 @@ class _Gradients(NamedTuple):
     C: Tensor
 
 
-def _block_backward(d: _Direction, before: Tensor, behind: Tensor, dy: Tensor) -> _Gradients:
+def _block_backward(d: _Direction, before: Tensor | None, behind: Tensor | None, dy: Tensor) -> _Gradients:
     """One block: states `before` and adjoint states `behind` its chunks (m, G, R, P, N), dy (m, G, R, T, P)."""
     dt, decay = d.dt.unsqueeze(-1), d.decay()
     pairs = (dy @ d.u.transpose(-1, -2)) * decay * d.dt.unsqueeze(-2)  # (m, G, R, i, j)
     products = d.C @ d.Bm.transpose(-1, -2)
-    through = (d.Bm @ behind.transpose(-1, -2)) * d.to_end
-    of_u = (products * decay).transpose(-1, -2) @ dy + through  # by dt u
-    from_before = (dy * d.from_start) @ before
-    of_c = (pairs.sum(2, keepdim=True) @ d.Bm) + from_before.sum(2, keepdim=True)
-    weighted = d.u * dt * d.to_end
-    of_b = (pairs.sum(2, keepdim=True).transpose(-1, -2) @ d.C) + (weighted @ behind).sum(2, keepdim=True)
+    of_group = pairs.sum(2, keepdim=True)
+    of_u = (products * decay).transpose(-1, -2) @ dy  # by dt u
+    of_b, of_c = of_group.transpose(-1, -2) @ d.C, of_group @ d.Bm
     crossing = (pairs * products).tril(-1)  # a log decay at t lies in all pairs j < t <= i
     # These sums over positions cancel: in float64.
     wide = torch.float64
-    later = crossing.sum(-1, dtype=wide) - crossing.sum(-2, dtype=wide) + (from_before * d.C).sum(-1)
-    earlier = (d.u * dt * through).sum(-1, dtype=wide)
-    of_log = later.flip(-1).cumsum(-1).flip(-1) + earlier.cumsum(-1) - earlier
-    of_log = of_log + ((before * behind).sum((-1, -2)) * d.logs[..., -1].exp()).unsqueeze(-1)
+    later = crossing.sum(-1, dtype=wide) - crossing.sum(-2, dtype=wide)
+    if before is not None:
+        from_before = (dy * d.from_start) @ before
+        of_c = of_c + from_before.sum(2, keepdim=True)
+        later = later + (from_before * d.C).sum(-1)
+    of_log = later.flip(-1).cumsum(-1).flip(-1)
+    if behind is not None:
+        through = (d.Bm @ behind.transpose(-1, -2)) * d.to_end
+        of_u = of_u + through
+        of_b = of_b + ((d.u * dt * d.to_end) @ behind).sum(2, keepdim=True)
+        earlier = (d.u * dt * through).sum(-1, dtype=wide)
+        of_log = of_log + earlier.cumsum(-1) - earlier
+        if before is not None:
+            of_log = of_log + ((before * behind).sum((-1, -2)) * d.logs[..., -1].exp()).unsqueeze(-1)
     of_log = of_log.to(d.dt.dtype)
     return _Gradients(
         u=of_u * dt, dt=(of_u * d.u).sum(-1) + of_log * d.A.unsqueeze(-1), A=(of_log * d.dt).sum((0, -1)), Bm=of_b,
@@ -194,13 +222,17 @@ def _block_backward(d: _Direction, before: Tensor, behind: Tensor, dy: Tensor) -
 
 
 def _direction_backward(
-    d: _Direction, starts: Tensor, dy: Tensor, grad_final: Tensor | None, count: int
-) -> tuple[_Gradients, Tensor]:
-    """Gradients of one direction and of its initial state (S, G, R, P, N); dy (M, G, R, T, P)."""
-    local = (dy * d.from_start).transpose(-1, -2) @ d.C
-    whole = _sequences(d.logs[..., -1].exp().to(d.dt.dtype), count)
-    behind, of_start = _chain(_sequences(local, count), whole, grad_final, backwards=True)
-    parts = [_block_backward(d.block(s), starts[s], behind[s], dy[s]) for s in _blocks(d)]
+    d: _Direction, starts: Tensor | None, dy: Tensor, grad_final: Tensor | None, count: int
+) -> tuple[_Gradients, Tensor | None]:
+    """Gradients of one direction and of its initial state (S, G, R, P, N), if it has one; dy (M, G, R, T, P)."""
+    behind = of_start = None
+    if starts is not None or grad_final is not None:
+        local = (dy * d.from_start).transpose(-1, -2) @ d.C
+        whole = _sequences(d.logs[..., -1].exp().to(d.dt.dtype), count)
+        behind, of_start = _chain(_sequences(local, count), whole, grad_final, backwards=True)
+    blocks = _blocks(d)
+    befores, behinds = ([None if t is None else t[s] for s in blocks] for t in (starts, behind))
+    parts = [_block_backward(d.block(s), b, e, dy[s]) for s, b, e in zip(blocks, befores, behinds, strict=True)]
     u, dt, a, b, c = zip(*parts, strict=True)
     return _Gradients(torch.cat(u), torch.cat(dt), torch.stack(a).sum(0), torch.cat(b), torch.cat(c)), of_start
 
@@ -217,23 +249,25 @@ def backward(
     acc = saved.dtype
     of_x = torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format)
     per_k: list[list[Tensor]] = []
+    of_starts: list[Tensor] = []
     for k, order in enumerate(orders):
         d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
         dy = read_in_order((grad_y if merge else grad_y[:, :, :, k]).to(acc), order)
         dy = _cut(dy, steps, count, groups)
         final_k = None if grad_final is None else grad_final[:, :, k].flatten(0, 1).unflatten(1, (groups, -1))
-        g, of_start = _direction_backward(d, saved[k], dy, final_k, count)
+        g, of_start = _direction_backward(d, saved[k] if len(saved) else None, dy, final_k, count)
         of_u = g.u if D is None else torch.addcmul(g.u, dy, D[k].view(*d.A.shape, 1, 1))
         before_softplus = g.dt * -torch.expm1(-d.dt) if softplus else g.dt  # softplus' = 1 - exp(-softplus)
         before_softplus, of_b, of_c, of_u = (_join(t, count, length) for t in (before_softplus, g.Bm, g.C, of_u))
         of_x += write_in_order(of_u, order, batch, height, width)
         image = (write_in_order(t, order, batch, height, width) for t in (before_softplus, of_b, of_c))
         of_skip = (dy * d.u).sum((0, 3, 4)).flatten()
-        of_start = of_start.flatten(1, 2).unflatten(0, (batch, -1))
-        per_k.append([*image, g.A.flatten(), of_skip, before_softplus.sum((0, 1)), of_start])
-    of_dt, of_b, of_c, of_a, of_skip, of_bias, of_start = (
-        torch.stack(t, dim) for t, dim in zip(zip(*per_k, strict=True), (3, 3, 3, 0, 0, 0, 2), strict=True)
+        per_k.append([*image, g.A.flatten(), of_skip, before_softplus.sum((0, 1))])
+        if needs[7] and of_start is not None:
+            of_starts.append(of_start.flatten(1, 2).unflatten(0, (batch, -1)))
+    of_dt, of_b, of_c, of_a, of_skip, of_bias = (
+        torch.stack(t, dim) for t, dim in zip(zip(*per_k, strict=True), (3, 3, 3, 0, 0, 0), strict=True)
     )
-    found = (of_x, of_dt, of_a, of_b, of_c, of_skip, of_bias, of_start)
+    found = (of_x, of_dt, of_a, of_b, of_c, of_skip, of_bias, torch.stack(of_starts, 2) if of_starts else of_x)
     inputs = (x, dt, A, Bm, C, D, dt_bias, initial_state)
     return [g.to(t.dtype) if need and t is not None else None for g, t, need in zip(found, inputs, needs, strict=True)]

@@ -110,10 +110,26 @@ def only_needed() -> dict[str, float]:
     return difference
 
 
+def without_states(case: Case) -> dict[str, float]:
+    """Largest differences that it makes to ask for no final state and no gradient of the initial one."""
+    given = case.inputs()
+    options = dict(orders=case.orders, softplus=True, merge=True, strict=False, chunk=256)
+    want_y, final, want_saved = gpu.forward(*given, **options, need_backward=True)
+    y, nothing, saved = gpu.forward(*given, **options, need_backward=True, want_final=False)
+    assert nothing.numel() == 0
+    grad_y, needs = torch.arange(y.numel()).cos().view(y.shape), tuple(t is not None for t in given[:7])
+    want = gpu.backward(grad_y, torch.zeros_like(final), *given, want_saved, **options, needs=(*needs, True))
+    got = gpu.backward(grad_y, None, *given, saved, **options, needs=(*needs, False))
+    pairs = {"y": (y, want_y)} | {n: (g, w) for n, g, w in zip(NAMES[:7], got, want, strict=False) if g is not None}
+    return {name: float((g - w).abs().max()) for name, (g, w) in pairs.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN: a cell never written shows
     gpu_plan.tiles = lambda *_: gpu_plan.Tiles(16, tile(), tile(), tile(), tile())
     results = {name: run(case) for name, case in CASES.items()}
     results["only_needed"] = only_needed()
+    results["one_chunk_without_states"] = without_states(Case((2, 9, 2), extras=False))
+    results["segments_without_states"] = without_states(CASES["segments"])
     json.dump(results, sys.stdout)

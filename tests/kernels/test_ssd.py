@@ -172,6 +172,24 @@ def test_noncausal_gradients_in_half_precision_come_in_the_inputs_dtype():
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
 
 
+@pytest.mark.parametrize("length", [1, 7, 64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_short_sequence_has_no_states(length, reverse):
+    """One chunk that starts from zero and hands nothing on: no state is made or kept for the backward pass."""
+    inputs = Case((2, length, 3), heads=4, groups=2, dim=1).inputs(torch.float64)[:6]
+    kept = []
+
+    def function(backend):
+        return lambda *t: op.ssd(*t, softplus=True, reverse=reverse, backend=backend)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        got = run_with_grads(function("torch"), *inputs)
+    assert max(kept) == max(t.numel() for t in inputs)
+    want = run_with_grads(function("reference"), *widened(inputs))
+    for name, g, w in zip(("y", *NAMES[:6]), got, want, strict=True):
+        assert_close(name, g, w, 1e-12)
+
+
 def test_only_the_needed_gradients():
     inputs = CASES["odd"].inputs(torch.float32)
     for wanted in range(len(inputs)):

@@ -43,6 +43,12 @@ def test_gradients_alone_are_the_same(interpreted):
     assert not any(interpreted["only_needed"].values())
 
 
+@pytest.mark.parametrize("name", ["one_chunk", "segments"])
+def test_states_that_nobody_asks_for_change_nothing(interpreted, name):
+    assert {"y", "x", "A", "B", "C"} <= set(interpreted[f"{name}_without_states"])
+    assert not any(interpreted[f"{name}_without_states"].values())
+
+
 def _launches(monkeypatch, dtype: torch.dtype, head_dim: int, state: int, orders=(4,)) -> list[Launch]:
     """Every launch of one forward and one backward pass over six chunks, cut into segments."""
     heads, k = 2, len(orders)
