@@ -138,9 +138,9 @@ def _run(function: Callable[..., int], call: _Call) -> None:
 def forward(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None, *,
-    orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool,
+    orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool, want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, final states and (when a backward pass will come) chunk start states; canonical form of op.py."""
+    """Outputs, final states if wanted, chunk start states if a backward pass will come; canonical form of op.py."""
     library = _library()
     inputs = (x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state)
     rank = 0 if delta_weight is None else delta_weight.shape[2]
@@ -148,7 +148,7 @@ def forward(
     batch, height, width, channels = x.shape
     y = call.output("y", x.shape if merge else (batch, height, width, len(orders), channels))
     sequences = (batch, width) if orders[0] >= LINES else (batch,)
-    final = call.output("final", (*sequences, len(orders), channels, A.shape[2]))
+    final = call.output("final", (*sequences, len(orders), channels, A.shape[2]) if want_final else (0,))
     kept = saved_shape(x, orders, Bm.shape[4], A.shape[2]) if need_backward else (0,)
     saved = call.output("saved", kept)
     _run(library.vision_ssm_scan_forward, call)

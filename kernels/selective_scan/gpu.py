@@ -341,16 +341,16 @@ def _chunk_states(
         }  # fmt: skip
 
     tensors = {"states": states, "decay_sum": decay_sum, "a": A, "border": border, "last": last}
-    _launch(plan, ("combine", adjoint), scan_combine_kernel, tensors, combine_launch)
+    _launch(plan, ("combine", adjoint, last is None), scan_combine_kernel, tensors, combine_launch)
     return states
 
 
 def forward(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None,
-    *, orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool,
+    *, orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool, want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, final states and the chunk states kept for `backward` (canonical form: see op.py)."""
+    """y, final states if wanted, and the chunk states kept for `backward` (canonical form: see op.py)."""
     if delta_weight is not None and delta_weight.shape[2] > MAX_RANK:
         delta, delta_weight = _full_delta(delta, delta_weight), None
     delta_weight = None if delta_weight is None else delta_weight.contiguous()
@@ -358,7 +358,7 @@ def forward(
     plan = _plan(inputs, (), orders, softplus, merge)
     y = x.new_empty(x.shape if merge else (*x.shape[:3], plan.directions, plan.channels))
     lead = (plan.batch, plan.width) if plan.is_lines else (plan.batch,)
-    final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
+    final = A.new_empty(*lead, plan.directions, plan.channels, plan.states) if want_final else None
     with _on(x):
         states = None
         if plan.count > 1:
@@ -368,13 +368,13 @@ def forward(
             )  # fmt: skip
         y = _output(plan, x, z, Bm, C, delta, delta_weight, A, D, delta_bias, initial_state, states, final, y, merge)
     saved = states if need_backward and states is not None else A.new_empty(0)
-    return y, final, saved
+    return y, A.new_empty(0) if final is None else final, saved
 
 
 def _output(
     plan: _Plan, x: Tensor, z: Tensor | None, Bm: Tensor, C: Tensor, delta: Tensor, weight: Tensor | None, A: Tensor,
-    D: Tensor | None, bias: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor, y: Tensor,
-    merge: bool,
+    D: Tensor | None, bias: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor | None,
+    y: Tensor, merge: bool,
 ) -> Tensor:  # fmt: skip
     """Launches the output kernel once for each axis (merged) or once for all directions."""
     sweeps = plan.state_blocks * (plan.directions if merge else 1)
@@ -402,7 +402,8 @@ def _output(
         return plan.sequences * fan * plan.count * blocks, strides | plan.geometry | plan.tile() | own
 
     for number, axis in enumerate(axes):
-        _launch(plan, ("output", number), output_kernel, tensors, lambda n=number, a=axis: output_launch(n, a))
+        name = ("output", number, final_here is None)
+        _launch(plan, name, output_kernel, tensors, lambda n=number, a=axis: output_launch(n, a))
     return y if plan.twin else total.to(y.dtype)
 
 

@@ -198,9 +198,9 @@ def saved_shape(x: Tensor, orders: tuple[int, ...], groups: int, state: int) -> 
 def forward(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None,
-    *, orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool,
+    *, orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool, want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, final states and the states kept for `backward` (canonical form: see op.py)."""
+    """y, final states if wanted, and the states kept for `backward` (canonical form: see op.py)."""
     if delta_weight is not None and delta_weight.shape[2] > MAX_RANK:
         delta, delta_weight = _full_delta(delta, delta_weight), None
     weight = None if delta_weight is None else delta_weight.contiguous()
@@ -212,7 +212,7 @@ def forward(
     sum_of_several = merge and plan.directions > 1
     total = torch.empty_like(y, dtype=torch.float32) if sum_of_several else None
     lead = (plan.batch, plan.width) if _is_lines(orders) else (plan.batch,)
-    final = A.new_empty(*lead, plan.directions, plan.channels, plan.states)
+    final = A.new_empty(*lead, plan.directions, plan.channels, plan.states) if want_final else None
     border = A.new_empty(plan.border) if need_backward else None
     each = plan.states * 2 * tile.segments * plan.block(tile) + (2 * STEPS * plan.block(tile) if plan.rank else 0)
     common = plan.arguments(tile)
@@ -233,7 +233,8 @@ def forward(
                     is_first=int(number == 0), is_last=int(number == len(plan.axes) - 1), first_program=first,
                     COLUMNS=columns, ACCUMULATE=sum_of_several, WIDE=wide,
                 )  # fmt: skip
-    return y, final, A.new_empty(0) if border is None else border
+    final, border = (A.new_empty(0) if t is None else t for t in (final, border))
+    return y, final, border
 
 
 def backward(

@@ -52,28 +52,27 @@ def _implementation(name: str, x: Tensor, orders: Sequence[int], states: int):
 def _scan_op(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None,
-    orders: Sequence[int], softplus: bool, merge: bool, need_backward: bool, backend: str,
+    orders: Sequence[int], softplus: bool, merge: bool, need_backward: bool, want_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Canonical scan: y, final states, and what the backward pass needs."""
+    """Canonical scan: y, final states (empty if not wanted), and what the backward pass needs."""
     path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
     with as_given(x):
         return path.forward(
             x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state,
-            orders=tuple(orders), softplus=softplus, merge=merge, need_backward=need_backward,
+            orders=tuple(orders), softplus=softplus, merge=merge, need_backward=need_backward, want_final=want_final,
         )  # fmt: skip
 
 
 @_scan_op.register_fake
 def _(
-    x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, orders, softplus, merge, need_backward, backend
-):
+    x, delta, A, Bm, C, D, delta_weight, delta_bias, z, initial_state, orders, softplus, merge, need_backward,
+    want_final, backend,
+):  # fmt: skip
     batch, height, width, channels = x.shape
     path = _implementation(choose_backend(backend, x.device, x.dtype), x, orders, A.shape[2])
     y = x.new_empty(x.shape if merge else (batch, height, width, len(orders), channels))
-    if orders[0] >= LINES:
-        final = A.new_empty(batch, width, 1, channels, A.shape[2])
-    else:
-        final = A.new_empty(batch, len(orders), channels, A.shape[2])
+    sequences = (batch, width) if orders[0] >= LINES else (batch,)
+    final = A.new_empty((*sequences, len(orders), channels, A.shape[2]) if want_final else (0,))
     kept = path.saved_shape(x, tuple(orders), Bm.shape[4], A.shape[2]) if need_backward else (0,)
     return y, final, A.new_empty(kept)
 
@@ -121,7 +120,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.orders, ctx.softplus, ctx.merge, _, ctx.backend = inputs
+    *tensors, ctx.orders, ctx.softplus, ctx.merge, _, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
@@ -135,7 +134,7 @@ def _backward(ctx, grad_y, grad_final, _):
     found = iter(
         _scan_backward_op(grad_y, grad_final, *tensors, saved, ctx.orders, ctx.softplus, ctx.merge, needs, ctx.backend)
     )
-    return *(next(found) if need else None for need in needs), None, None, None, None, None
+    return *(next(found) if need else None for need in needs), *(None,) * 6
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -148,9 +147,9 @@ _scan_backward_op.register_autograd(refuse_second_derivative("selective_scan"))
 def _canonical_scan(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None, *,
-    orders: tuple[int, ...], softplus: bool, merge: bool, backend: str,
+    orders: tuple[int, ...], softplus: bool, merge: bool, want_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs and final states of checked tensors in canonical form; the small ones are made contiguous here."""
+    """Outputs and, if wanted, final states of checked tensors in canonical form; small ones become contiguous here."""
     D, delta_weight, delta_bias, initial_state = (
         None if t is None else t.contiguous() for t in (D, delta_weight, delta_bias, initial_state)
     )
@@ -162,7 +161,7 @@ def _canonical_scan(
     need_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not torch.compiler.is_compiling():
         choose_backend(backend, x.device, x.dtype)  # an error here reads better than inside the operator
-    y, final, _ = _scan_op(*tensors, list(orders), softplus, merge, need_backward, backend)
+    y, final, _ = _scan_op(*tensors, list(orders), softplus, merge, need_backward, want_final, backend)
     return y, final
 
 
@@ -230,6 +229,7 @@ def selective_scan(
         orders=(LINES_REVERSED if reverse else LINES,),
         softplus=softplus,
         merge=True,
+        want_final=return_final_state,
         backend=backend,
     )
     y = y.reshape(u.shape)
@@ -335,7 +335,7 @@ def selective_scan_2d(
     orders = tuple(DIRECTIONS[d] for d in directions)
     y, final = _canonical_scan(
         x, delta, A, B.unsqueeze(4), C.unsqueeze(4), D, delta_weight, delta_bias, None, initial_state,
-        orders=orders, softplus=softplus, merge=merge == "sum", backend=backend,
+        orders=orders, softplus=softplus, merge=merge == "sum", want_final=return_final_state, backend=backend,
     )  # fmt: skip
     return (y, final) if return_final_state else y
 

@@ -181,9 +181,9 @@ def _direction(x, delta, A, Bm, C, D, delta_weight, delta_bias, initial_state, k
 def forward(
     x: Tensor, delta: Tensor, A: Tensor, Bm: Tensor, C: Tensor, D: Tensor | None, delta_weight: Tensor | None,
     delta_bias: Tensor | None, z: Tensor | None, initial_state: Tensor | None, *,
-    orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool,
+    orders: tuple[int, ...], softplus: bool, merge: bool, need_backward: bool, want_final: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, final states and (when a backward pass will come) chunk start states; canonical form of op.py."""
+    """Outputs, final states if wanted, chunk start states if a backward pass will come; canonical form of op.py."""
     batch, height, width, _ = x.shape
     total: Tensor | None = None
     outputs: list[Tensor] = []
@@ -211,7 +211,7 @@ def forward(
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     kept = torch.stack(saved) if need_backward else finals[0].new_empty(0)
-    return y.to(x.dtype), stack_states(finals, orders, batch, width), kept
+    return y.to(x.dtype), stack_states(finals, orders, batch, width) if want_final else kept.new_empty(0), kept
 
 
 class _BlockGradients(NamedTuple):

@@ -127,6 +127,16 @@ def test_other_needs_are_prepared_anew(launches):
     assert len(again) == 4
 
 
+def test_no_launch_that_wrote_a_final_state_is_repeated_without_one(launches, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple] = []
+    combine = Kernel(gpu.scan_combine_kernel, seen, seen)
+    monkeypatch.setattr(gpu, "scan_combine_kernel", combine)
+    for want in (True, False, True):
+        gpu.forward(*CASE.inputs(), **OPTIONS, need_backward=False, want_final=want)
+    last = combine.arg_names.index("last")
+    assert [arguments[last] is None for _, arguments in seen] == [False, True, False]
+
+
 def test_plans_are_forgotten_before_they_are_too_many(launches, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "MAX_PLANS", 3)
     for size in range(2, 8):

@@ -43,6 +43,12 @@ def test_values_and_gradients(interpreted, name):
     assert not wrong
 
 
+@pytest.mark.parametrize("name", ["one_chunk", "chunks"])
+def test_a_final_state_that_nobody_asks_for_changes_nothing(interpreted, name):
+    assert {"y", "x", "A", "B", "C"} <= set(interpreted[f"{name}_without_states"])
+    assert not any(interpreted[f"{name}_without_states"].values())
+
+
 def test_gradients_alone_are_the_same(interpreted):
     assert set(interpreted["only_needed"]) == set(NAMES) - {"z"}
     assert not any(interpreted["only_needed"].values())

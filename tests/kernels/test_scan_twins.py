@@ -8,7 +8,7 @@ from kernels.selective_scan import gpu
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.testing import TOLERANCE, assert_close
 from tests.kernels.emulated_gluon import Combination, emulated_twins
-from tests.kernels.interpreted_scans import NAMES, Case, only_needed, run
+from tests.kernels.interpreted_scans import NAMES, Case, only_needed, run, without_states
 
 CASES = {
     "image": Case((2, 13, 17, 70), 16, (0, 1, 2, 3), rank=5, packed=True),
@@ -81,6 +81,11 @@ def test_emulated_twins_agree_with_the_reference(emulation, name: str):
 
 def test_emulated_twins_compute_the_needed_gradients_alone(emulation):
     assert not any(only_needed().values())
+
+
+@pytest.mark.parametrize("name", ["lines_one_chunk_gated", "four_directions"])
+def test_emulated_twins_leave_out_a_final_state_that_nobody_asks_for(emulation, name: str):
+    assert not any(without_states(EMULATED[name]).values())
 
 
 def test_plain_kernels_are_taken_without_gluon(monkeypatch: pytest.MonkeyPatch):

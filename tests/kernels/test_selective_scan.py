@@ -46,6 +46,14 @@ def test_matches_reference_in_float32(case, backend):
     compare(case, backend, torch.float32)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_output_does_not_depend_on_whether_the_final_state_is_asked_for(backend):
+    u, _, A, B, C = (t.detach() for t in CASES_1D["low_rank"].inputs(torch.float32)[:5])
+    given = (u, torch.randn_like(u), A, B, C)
+    y, _ = kernels.selective_scan(*given, softplus=True, return_final_state=True, backend=backend)
+    assert torch.equal(kernels.selective_scan(*given, softplus=True, backend=backend), y)
+
+
 @pytest.mark.parametrize("case", [*CASES_1D.values(), *CASES_2D.values()], ids=[*CASES_1D, *CASES_2D])
 def test_torch_path_matches_reference_in_float64(case):
     compare(case, "torch", torch.float64)
