@@ -22,15 +22,18 @@ _BLOCK = 1 << 22
 """Numbers in one buffer of a block of chunks."""
 
 
-def _chunk_length(x: Tensor, longest: int) -> int:
-    return min(longest, _CPU_CHUNK) if x.device.type == "cpu" else longest
+def _chunks(x: Tensor, orders: tuple[int, ...], longest: int) -> tuple[int, int]:
+    """Number of chunks and their length: as even as can be, so that little is padded."""
+    length = length_of(x, orders)
+    count = -(-length // (min(longest, _CPU_CHUNK) if x.device.type == "cpu" else longest))
+    return count, -(-length // count)
 
 
 def saved(
     x: Tensor, orders: tuple[int, ...], groups: int, states: int, chunk: int, *, started: bool = True
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape (K, M, G, R, P, N) and dtype of the chunk start states that `forward` keeps: none where all are zero."""
-    count = -(-length_of(x, orders) // _chunk_length(x, chunk))
+    count, _ = _chunks(x, orders, chunk)
     sequences, (heads, head_dim) = x.shape[0] * lines_of(x, orders), x.shape[3:]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     if count == 1 and not started:
@@ -68,7 +71,7 @@ class _Direction(NamedTuple):
         """(M, G, R, T, T) decay from input j to output i, 0 where j is not read."""
         mask = torch.ones(self.dt.shape[-1], self.dt.shape[-1], dtype=torch.bool, device=self.dt.device)
         difference = (self.logs.unsqueeze(-1) - self.logs.unsqueeze(-2)).to(self.dt.dtype)
-        return difference.masked_fill(~mask.tril(self.diagonal), float("-inf")).exp()
+        return difference.masked_fill_(~mask.tril(self.diagonal), float("-inf")).exp_()
 
 
 def _cut(t: Tensor, steps: int, count: int, groups: int) -> Tensor:
@@ -148,8 +151,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs, final states if wanted, chunk start states if a backward pass will come; canonical form of op.py."""
     batch, height, width = x.shape[:3]
-    length, steps = length_of(x, orders), _chunk_length(x, chunk)
-    count = -(-length // steps)
+    length, (count, steps) = length_of(x, orders), _chunks(x, orders, chunk)
     outputs, finals, kept = [], [], []
     for k, order in enumerate(orders):
         d = _direction(x, dt, A, Bm, C, dt_bias, initial_state, k, order, steps, softplus, strict)
@@ -157,7 +159,7 @@ def forward(
         y = torch.empty_like(d.u)
         for s in _blocks(d):
             b = d.block(s)
-            mixing = (b.C @ b.Bm.transpose(-1, -2)) * b.decay() * b.dt.unsqueeze(-2)
+            mixing = b.decay().mul_(b.C @ b.Bm.transpose(-1, -2)).mul_(b.dt.unsqueeze(-2))
             torch.matmul(mixing, b.u, out=y[s])
             if starts is not None:
                 y[s] += (b.C @ starts[s].transpose(-1, -2)) * b.from_start
@@ -192,12 +194,12 @@ class _Gradients(NamedTuple):
 def _block_backward(d: _Direction, before: Tensor | None, behind: Tensor | None, dy: Tensor) -> _Gradients:
     """One block: states `before` and adjoint states `behind` its chunks (m, G, R, P, N), dy (m, G, R, T, P)."""
     dt, decay = d.dt.unsqueeze(-1), d.decay()
-    pairs = (dy @ d.u.transpose(-1, -2)) * decay * d.dt.unsqueeze(-2)  # (m, G, R, i, j)
+    pairs = (dy @ d.u.transpose(-1, -2)).mul_(decay).mul_(d.dt.unsqueeze(-2))  # (m, G, R, i, j)
     products = d.C @ d.Bm.transpose(-1, -2)
+    of_u = decay.mul_(products).transpose(-1, -2) @ dy  # by dt u
     of_group = pairs.sum(2, keepdim=True)
-    of_u = (products * decay).transpose(-1, -2) @ dy  # by dt u
     of_b, of_c = of_group.transpose(-1, -2) @ d.C, of_group @ d.Bm
-    crossing = (pairs * products).tril(-1)  # a log decay at t lies in all pairs j < t <= i
+    crossing = pairs.mul_(products).tril_(-1)  # a log decay at t lies in all pairs j < t <= i
     # These sums over positions cancel: in float64.
     wide = torch.float64
     later = crossing.sum(-1, dtype=wide) - crossing.sum(-2, dtype=wide)
@@ -244,8 +246,7 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the eight tensor inputs, in order; None where not needed. Deterministic."""
     batch, height, width = x.shape[:3]
-    length, steps = length_of(x, orders), _chunk_length(x, chunk)
-    count, groups = -(-length // steps), Bm.shape[4]
+    length, (count, steps), groups = length_of(x, orders), _chunks(x, orders, chunk), Bm.shape[4]
     acc = saved.dtype
     of_x = torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format)
     per_k: list[list[Tensor]] = []

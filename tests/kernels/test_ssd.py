@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.ssd import op
+from kernels.ssd import op, torch_path
 from kernels.testing import TOLERANCE, assert_close, run_with_grads
 from tests.kernels.ssd_cases import ALL_DIRECTIONS, CASES, NAMES, Case, bidirectional_inputs, widened
 
@@ -170,6 +170,11 @@ def test_noncausal_gradients_in_half_precision_come_in_the_inputs_dtype():
     assert y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y.float().sum(), inputs)
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
+
+
+@pytest.mark.parametrize(("length", "chunks"), [(1, (1, 1)), (12, (1, 12)), (65, (2, 33)), (4096, (64, 64))])
+def test_chunks_on_the_cpu_are_even(length, chunks):
+    assert torch_path._chunks(torch.empty(1, length, 1, 2, 3), (4,), 256) == chunks
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
