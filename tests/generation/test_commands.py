@@ -107,6 +107,8 @@ def test_packed_weights_draw_nearly_the_same(images, tmp_path):
         assert pipeline.transformer.dtype == torch.float32
         drawn.append(draw(pipeline, [0, 1], [1, 2], steps=2).int())
     assert (drawn[0] - drawn[1]).abs().max() <= 3
+    with pytest.raises(UserError, match="is not empty"):
+        vssm("pack", images, images)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])

@@ -87,6 +87,8 @@ def test_packed_weights_are_half_as_large_and_say_the_same(trained, folder, tmp_
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed, whole = Classifier.load(tmp_path / "packed", device="cpu"), Classifier.load(trained, device="cpu")
     assert packed.accuracy == whole.accuracy == 1.0
+    with pytest.raises(UserError, match="packed is not empty"):
+        call("vssm classify pack", COMMANDS["pack"], [str(trained), str(tmp_path / "packed")])
     torch.testing.assert_close(packed(images)[1], whole(images)[1], atol=5e-3, rtol=0)
 
 
