@@ -136,7 +136,7 @@ class PictureRestorer:
         model, card = load_model(weights)
         if task is not None and card.task != task:
             raise UserError(
-                f"the weights {weights} are for the task {card.task!r}, not {task!r}; leave out --task or give others"
+                f"the weights {weights} are for the task {card.task!r}, not {task!r}: give that task, or other weights"
             )
         return cls(model, card, device=device, route=route)
 
