@@ -167,13 +167,15 @@ def convert(file: Path, output: Path) -> int:
 
     Args:
         file: The .pt, .pth or .safetensors file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from detection.pretrained import load_model, load_weights
     from vision_ssm.checkpoint import save_checkpoint
+    from vision_ssm.files import check_new
 
     load_model(file)  # refuses weights that no network fits
     weights, config = load_weights(file)
+    check_new(output)
     save_checkpoint(output, weights, config)
     model = config["model"]
     print(f"{output}: Mamba-YOLO-{model['size'].upper()}, {model['num_classes']} classes, {len(weights)} tensors")

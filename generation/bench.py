@@ -26,7 +26,7 @@ from generation.temporal import GLULayer, Scan
 from vision_ssm.bench.measure import Stopwatch, Timing
 from vision_ssm.bench.report import machine
 from vision_ssm.device import choose_device
-from vision_ssm.errors import UserError
+from vision_ssm.errors import UserError, is_out_of_memory
 from vision_ssm.files import check_writable, replacing, write_text
 from vision_ssm.mixer_config import MixerName
 from vision_ssm.mixers import HEAD_WIDTH, S6_STATES, SSD_STATES, build_mixer
@@ -328,12 +328,13 @@ def _guarded(row: Row, measure: Callable[[Row], Row], device: torch.device) -> R
     """The row measured; what goes wrong is told in it, so that the others are still measured."""
     try:
         row = measure(row)
-    except torch.OutOfMemoryError:
-        row = replace(row, problem=_NO_ROOM)
     except Exception as error:  # one broken layer must not hide the others
-        traceback.print_exception(error, file=sys.stderr)
-        reason = str(error).strip().partition("\n")[0]
-        row = replace(row, problem=f"{type(error).__name__}: {reason}", failed=True)
+        if is_out_of_memory(error):
+            row = replace(row, problem=_NO_ROOM)
+        else:
+            traceback.print_exception(error, file=sys.stderr)
+            reason = str(error).strip().partition("\n")[0]
+            row = replace(row, problem=f"{type(error).__name__}: {reason}", failed=True)
     if device.type == "cuda":
         if row.problem is not None:
             gc.collect()  # what the failed call still holds
@@ -359,7 +360,9 @@ def _measure(row: Row, study: Study, build: Callable[[], nn.Module], stopwatch: 
     try:
         row = replace(row, kept_bytes=kept_bytes(run, leaves))
         both = stopwatch.measure(lambda: torch.autograd.grad(run(), leaves, grad))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return replace(row, problem=_NO_ROOM)
     return replace(row, both=both.full, peak_bytes=both.extra_bytes)
 

@@ -169,7 +169,7 @@ def pack(weights: Path, output: Path) -> int:
 
     Args:
         weights: Checkpoint folder of a run (best, last, averages/0.1), or a folder of save_pretrained.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from generation.generator import run_pack
 
@@ -181,7 +181,7 @@ def convert(file: Path, output: Path) -> int:
 
     Args:
         file: The .pt, .pth or .safetensors file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from generation.convert import run_convert
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from generation.unet_blocks import HEAD_WIDTH
 from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.errors import UserError
+from vision_ssm.files import check_new
 
 ANCHOR = "init_conv.weight"
 """Published name that every U-Net of Oshima et al. has, after any prefix of its wrapper."""
@@ -230,9 +231,7 @@ def run_convert(file: str | Path, output: str | Path, *, linear_attention: bool 
     config = config_from_state_dict(weights)
     model = SSMVideoUNet(**config)
     load_matching(model, weights).require_complete(file)
-    try:
-        model.save_pretrained(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error}") from None
+    check_new(output)
+    model.save_pretrained(output)
     print(f"{output}: {', '.join(f'{key} {value}' for key, value in config.items())}; {len(weights)} tensors")
     return 0

@@ -17,7 +17,7 @@ from generation.features import ClassifierFeatures, Features, ScriptFeatures
 from generation.generator import draw, load_generator, weights_hash
 from generation.outputs import write_facts
 from generation.reference import Reference, attribute_reference, feature_reference
-from generation.sample import class_numbers, streamed
+from generation.sample import check_request, class_numbers, streamed
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable
@@ -28,6 +28,9 @@ PROTOCOL = (
     "reference taken as it is. Attributes: 1-D Wasserstein distance in standard deviations of the reference; floor: "
     "the same of as many real clips, mean over 20 divisions."
 )
+
+LEAST = 8
+"""Samples, resamplings and kept features below which no score says anything."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Drawing:
     stream: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 8), ("steps", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("count", LEAST), ("steps", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
@@ -75,6 +78,8 @@ def run_eval(
     Raises:
         UserError: files that cannot be read or do not belong together.
     """
+    if rounds < LEAST:
+        raise UserError(f"rounds must be {LEAST} or more, got {rounds}")
     check_writable(output.parent)
     drawn, labels, facts = obtain_samples(samples, drawing or Drawing(), device)
     side, frames = drawn.shape[-1], drawn.shape[1] if drawn.ndim == 5 else 0
@@ -90,7 +95,7 @@ def run_eval(
         _check_same_network(real, features, reference)
         scores = score_features(drawn, labels, real, features, rounds=rounds)
     report = {"samples": facts, "reference": real.about, "scores": scores, "protocol": PROTOCOL}
-    written = write_facts(output.with_suffix(""), report)
+    written = write_facts(output.with_suffix("") if output.suffix == ".json" else output, report)
     print(table(scores, real.about))
     print(f"written to {written}")
     return 0
@@ -116,6 +121,7 @@ def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, l
         labels = table["labels"].tolist() if "labels" in table else None
         return torch.from_numpy(table[key]).movedim(-1, -3), labels, {"file": str(path), "count": len(table[key])}
     pipeline = load_generator(path, scheduler=drawing.scheduler)
+    check_request(pipeline, path, count=drawing.count, frames=drawing.frames, stream=drawing.stream)
     classes = class_numbers(pipeline, (), drawing.count)
     pipeline.to(choose_device(device))
     seeds = list(range(drawing.seed, drawing.seed + drawing.count))
@@ -209,6 +215,10 @@ def run_reference(
     """
     if output.suffix != ".npz":
         raise UserError(f"a reference is an .npz file, got {output}")
+    for name, value in (("count", count), ("keep", keep)):
+        if value < LEAST:
+            raise UserError(f"{name} must be {LEAST} or more, got {value}")
+    check_writable(output.parent)
     if data == SYNTHETIC:
         real = attribute_reference(count, config)
     else:
@@ -227,8 +237,11 @@ def _features(classifier: Path | None, network: Path | None, device: str) -> Fea
 def _is_reference(place: str) -> bool:
     if not place.endswith(".npz") or not Path(place).is_file():
         return False
-    with np.load(place, allow_pickle=False) as found:
-        return "about" in found
+    try:
+        with np.load(place, allow_pickle=False) as found:
+            return "about" in found
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {place}: {error}") from None
 
 
 def _check_same_network(real: Reference, features: Features, source: str) -> None:

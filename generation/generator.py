@@ -13,7 +13,7 @@ from generation.objectives import Objective, sample_generators
 from generation.pipelines import DiMPipeline, VideoDiMPipeline, load_pipeline
 from vision_ssm.checkpoint import WEIGHTS_FILE, load_checkpoint, load_matching
 from vision_ssm.errors import UserError
-from vision_ssm.files import check_writable, shipped_or_path
+from vision_ssm.files import check_new, shipped_or_path
 
 Pipeline = DiMPipeline | VideoDiMPipeline
 _SHIPPED = Path(__file__).parent / "weights"
@@ -112,7 +112,7 @@ def run_pack(weights: Path, output: Path) -> int:
         UserError: no generator there, or a folder that cannot be written.
     """
     pipeline = load_generator(weights)
-    check_writable(output)
+    check_new(output)
     exact = set(DiM._keep_in_fp32_modules)
     for name, parameter in pipeline.transformer.named_parameters():
         if name.rpartition(".")[2] not in exact:

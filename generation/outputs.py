@@ -29,11 +29,13 @@ def check_format(path: Path, *, video: bool) -> None:
     """Refuse a name whose ending does not fit the samples, before they are drawn.
 
     Raises:
-        UserError: not one of `FORMATS`, or a film of pictures.
+        UserError: not one of `FORMATS`, a folder, or a film of pictures.
     """
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise UserError(f"cannot save samples as {path}: the ending must be one of {' '.join(FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"output is the folder {path}; give a file such as {path / f'samples{suffix}'}")
     if not video and suffix in (".mp4", ".avi", ".gif"):
         raise UserError(f"{path} is a video, this model makes pictures: take .png (a grid) or .npz")
 

@@ -1,5 +1,6 @@
 """`vssm generate sample`: pictures, clips and streams from trained weights, and a file that says how."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from torch import Tensor
 from generation.generator import Pipeline, draw, load_generator, weights_hash
 from generation.outputs import check_format, save_samples, write_facts
 from generation.pipelines import VideoDiMPipeline
-from vision_ssm.device import choose_device
+from vision_ssm.device import choose_device, free_memory, size_text
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable
+
+CHANNELS = 3
+"""Of a picture, at most."""
+SLOWEST, FASTEST = 0.01, 1000
+"""Frames per second that every format of a film can say."""
 
 
 def run_sample(
@@ -51,14 +57,14 @@ def run_sample(
     Raises:
         UserError: weights, class, format, sampler or number that does not fit.
     """
-    for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size), ("fps", fps)):
+    for name, value in (("count", count), ("steps", steps), ("batch_size", batch_size)):
         if value <= 0:
             raise UserError(f"{name} must be above 0, got {value}")
+    if not SLOWEST <= fps <= FASTEST:
+        raise UserError(f"fps must be {SLOWEST} to {FASTEST}, got {fps}")
     pipeline = load_generator(weights, scheduler=scheduler)
-    video = isinstance(pipeline, VideoDiMPipeline)
-    check_format(output, video=video)
-    if (frames is not None or stream) and not video:
-        raise UserError(f"{weights} makes pictures; --frames and --stream are for videos")
+    check_format(output, video=isinstance(pipeline, VideoDiMPipeline))
+    check_request(pipeline, weights, count=count, frames=frames, stream=stream)
     check_writable(output.parent)
     labels = class_numbers(pipeline, classes, count)
     pipeline.to(choose_device(device))
@@ -85,6 +91,26 @@ def run_sample(
     return 0
 
 
+def check_request(pipeline: Pipeline, weights: str | Path, *, count: int, frames: int | None, stream: bool) -> None:
+    """Refuse samples that these weights cannot draw, or that do not fit into memory together.
+
+    Raises:
+        UserError: frames of pictures, less than one frame, or too many samples.
+    """
+    video = isinstance(pipeline, VideoDiMPipeline)
+    if (frames is not None or stream) and not video:
+        raise UserError(f"{weights} makes pictures; --frames and --stream are for videos")
+    if frames is not None and frames < 1:
+        raise UserError(f"frames must be 1 or more, got {frames}")
+    length = (frames or pipeline.transformer.config["sample_frames"]) if video else 1
+    size = count * length * CHANNELS * math.prod(pipeline.latent_size(None, None)) * pipeline.vae_scale_factor**2
+    if size > (free := free_memory(torch.device("cpu"))):
+        raise UserError(
+            f"{count} samples take {size_text(size)} of memory, {size_text(free)} are free: draw fewer at a time, the "
+            "others with another --seed"
+        )
+
+
 def class_numbers(pipeline: Pipeline, classes: Sequence[str], count: int) -> list[int] | None:
     """Classes of `count` samples, those given in turn; None for a model without classes.
 
@@ -94,9 +120,9 @@ def class_numbers(pipeline: Pipeline, classes: Sequence[str], count: int) -> lis
     number = pipeline.transformer.config.num_classes  # type: ignore[union-attr]
     if number is None:
         if classes:
-            raise UserError("these weights were trained without classes; leave --classes away")
+            raise UserError(f"these weights were trained without classes; leave {', '.join(classes)} away")
         return None
-    wanted = [int(name) if name.isdigit() else name for name in classes] or list(range(number))
+    wanted = [int(name) if name.isdecimal() and int(name) < number else name for name in classes] or list(range(number))
     ids = pipeline.get_label_ids(wanted)
     assert ids is not None
     chosen = ids.tolist()

@@ -68,10 +68,11 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> Tensor:
     """Prepare a scheduler for a new sample; returns the noise levels to go through.
 
     Raises:
-        UserError: The number of steps is not positive.
+        UserError: The number of steps is not positive, or above that of the noise levels that there are.
     """
-    if steps < 1:
-        raise UserError(f"num_inference_steps must be at least 1, got {steps}")
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise UserError(f"num_inference_steps must be 1 to {most}, got {steps}")
     scheduler.set_timesteps(steps, device=device)
     return scheduler.timesteps
 

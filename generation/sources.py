@@ -58,7 +58,7 @@ def find_source(config: GenerateDataConfig, split: Split, classes: Sequence[str]
         return ArraySource.load(path)
     if not path.is_dir():
         raise UserError(
-            f"{place!r} is no folder, no .npy or .npz file and not {SYNTHETIC!r}; give one as --data.{split}"
+            f"the data {place!r} are no folder, no .npy or .npz file and not {SYNTHETIC!r}; give one of these"
         )
     if shards := sorted(split_folder(path, split).glob("*.tar")):
         return ShardSource(shards)

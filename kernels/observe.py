@@ -36,6 +36,11 @@ def observing(observer: Callable[[Call], None]) -> Iterator[None]:
         _observers.remove(observer)
 
 
+def watched() -> bool:
+    """Whether anybody observes: who has a shorter way than an operator must then take the operator."""
+    return bool(_observers)
+
+
 def announce(operator: str, output: Tensor, *tensors: Tensor | None, **options: Any) -> None:
     """Tell the observers of a call; free where there are none."""
     for observer in _observers:

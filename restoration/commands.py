@@ -167,7 +167,7 @@ def convert(file: Path, output: Path) -> int:
 
     Args:
         file: The .pth, .pt or .safetensors file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from restoration.pretrained import run_convert
 
@@ -179,7 +179,7 @@ def pack(weights: Path, output: Path) -> int:
 
     Args:
         weights: Checkpoint folder (best or last of a run) or published file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from restoration.pretrained import run_pack
 

@@ -10,6 +10,7 @@ from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptio
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 Cache = Literal["auto", "ram", "none"]
+MOST_DETAIL = 64
 Folders = str | tuple[str, ...]
 
 
@@ -37,6 +38,8 @@ class ModelConfig:
     """Keep no activations inside of blocks: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.detail <= MOST_DETAIL:
+            raise UserError(f"detail must be 0 to {MOST_DETAIL} blocks, got {self.detail}")
         MixerStack(
             self.mixer, self.mixer_pattern, ScanOptions(self.polar, self.smr), maps=True
         )  # refuses what cannot be

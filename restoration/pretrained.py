@@ -13,7 +13,7 @@ from restoration.tasks import SHIPPED, shipped_weights
 from vision_ssm.checkpoint import load_checkpoint, load_matching, save_checkpoint
 from vision_ssm.config import near_match
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_new, write_text
 
 TASK_OF_SCALE = {1: "denoise", 2: "sr2", 4: "sr4"}
 """Task of a published MambaIR that enlarges so many times."""
@@ -94,6 +94,7 @@ def run_convert(file: str | Path, output: str | Path) -> int:
         raise UserError(f"{file}: {error}") from None
     model = build_model(card.model)
     load_matching(model, weights).require_complete(file)
+    check_new(output)
     save_weights(output, model, card)
     described = ", ".join(f"{key} {value}" for key, value in card.model.items())
     print(f"{output}: {described}; task {card.task}; {len(weights)} tensors")
@@ -107,6 +108,7 @@ def run_pack(weights: str | Path, output: str | Path) -> int:
         UserError: No restorer there, or the folder cannot be written.
     """
     model, card = load_model(weights)
+    check_new(output)
     save_weights(output, model, card, half=True)
     size = sum(file.stat().st_size for file in Path(output).iterdir())
     print(f"{output}: task {card.task}, {size / 1e6:.2f} MB")

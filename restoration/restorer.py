@@ -19,7 +19,7 @@ from restoration.strips import Limits, Machine, Program, Tick, strip_in_memory
 from restoration.tasks import find_task, weights_for
 from restoration.tiles import origins, restore_tiled
 from vision_ssm.device import choose_device, size_text
-from vision_ssm.errors import UserError
+from vision_ssm.errors import UserError, is_out_of_memory
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,7 +136,7 @@ class PictureRestorer:
         model, card = load_model(weights)
         if task is not None and card.task != task:
             raise UserError(
-                f"the weights {weights} are for the task {card.task!r}, not {task!r}; leave out --task or give others"
+                f"the weights {weights} are for the task {card.task!r}, not {task!r}: give that task, or other weights"
             )
         return cls(model, card, device=device, route=route)
 
@@ -291,8 +291,3 @@ class PictureRestorer:
     def _forward(self, x: Tensor, kind: torch.dtype) -> Tensor:
         with Machine(self.device, kind).computing():
             return self.model(x.to(self.device))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -19,11 +19,11 @@ from restoration.picture import Picture
 from restoration.picture_reader import read_picture
 from restoration.picture_writer import write_picture
 from restoration.reading import header_of, with_name
-from restoration.restorer import USUAL, Method, PictureRestorer, Route, is_out_of_memory
+from restoration.restorer import USUAL, Method, PictureRestorer, Route
 from restoration.video import count_frames, restore_video
 from vision_ssm.data.media import is_video
 from vision_ssm.device import size_text
-from vision_ssm.errors import UserError
+from vision_ssm.errors import UserError, is_out_of_memory
 from vision_ssm.files import check_writable
 
 

@@ -164,6 +164,17 @@ def test_maps_are_tested_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert '"pictures": 4' in output.read_text()
     assert main(["explain", "perturb", "tiny", str(tmp_path), "--count", "0"]) == 2
     assert main(["explain", "perturb", "tiny", str(tmp_path), "--cells", "17"]) == 2
+    assert main(["explain", "perturb", "tiny", str(tmp_path), "--seed", "-1"]) == 2
     problems = capsys.readouterr().err
     assert "count must be 1 or more, got 0" in problems
+    assert "seed must be 0 or more, got -1" in problems
     assert "cells must be at most the pictures' 16 pixels, got 17" in problems
+
+
+@pytest.mark.parametrize("verb", ["detect", "restore", "generate", "classify"])
+def test_the_output_is_looked_at_before_the_work(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("mine")
+    flags = {"generate": ["--query", "1,1"], "restore": ["--weights", "none", "--query", "1,1"]}
+    command = ["explain", verb, "none", *flags.get(verb, ["--weights", "none"])]
+    assert main([*command, "-o", str(tmp_path / "file")]) == 2
+    assert "cannot write to the output folder" in capsys.readouterr().err

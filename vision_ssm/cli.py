@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import vision_ssm
-from vision_ssm.errors import UserError
+from vision_ssm.errors import UserError, is_out_of_gpu_memory, is_out_of_memory
 
 TASKS = {
     "detect": ("detection.commands", "find objects in pictures: train, score, predict, export"),
@@ -89,13 +89,16 @@ def readable(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; files written before are intact"
-    if any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):  # torch's, without importing torch
+    if is_out_of_gpu_memory(error):
         return (
             "out of GPU memory; lower the batch size or the image size, close other programs on the GPU, "
             f"or use --device cpu ({str(error).splitlines()[0]})"
         )
-    if isinstance(error, MemoryError):
-        return "out of memory; lower the batch size, the image size or the number of workers"
+    if is_out_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        return "out of memory; lower the batch size, the image size or the number of workers" + (
+            f" ({reason})" if reason else ""
+        )
     return None
 
 
@@ -150,7 +153,7 @@ def call(prog: str, function: Callable[..., int | None], argv: list[str]) -> int
     """
     from jsonargparse import ArgumentError
 
-    from vision_ssm.command_line import build_parser, explain, with_underscores
+    from vision_ssm.command_line import build_parser, check_sizes, explain, with_underscores
     from vision_ssm.config import load_config
 
     parser, hints = build_parser(prog, function)
@@ -160,6 +163,7 @@ def call(prog: str, function: Callable[..., int | None], argv: list[str]) -> int
         raise UserError(explain(str(error), prog, parser, hints)) from None
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    check_sizes(given)
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         kind = hints[name]

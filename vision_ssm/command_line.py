@@ -12,6 +12,9 @@ import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from vision_ssm.config import describe, near_match
+from vision_ssm.errors import UserError
+
+LARGEST = 2**63 - 1
 
 Hints = dict[str, Any]  # flag or parameter name -> type
 
@@ -43,6 +46,18 @@ def with_underscores(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
+def check_sizes(given: dict[str, Any]) -> None:
+    """Refuse whole numbers that no tensor and no seed can hold.
+
+    Raises:
+        UserError: One of them has more than 64 bits.
+    """
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+                raise UserError(f"--{name} is {number}; whole numbers go from -{LARGEST} to {LARGEST}")
+
+
 def explain(message: str, prog: str, parser: ArgumentParser, hints: Hints) -> str:
     """A parser's error in one readable line with what is allowed and the nearest known flag."""
     flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
@@ -56,6 +71,9 @@ def explain(message: str, prog: str, parser: ArgumentParser, hints: Hints) -> st
         return f"{flag} is {shown}; allowed is {describe(_item_type(hints[key]))}{help_hint}"
     if wrong := re.match(r"argument --([\w.]+)\S*: invalid \S+ value: (.*)", message, re.DOTALL):
         return f"--{wrong[1]} is {wrong[2]}; allowed is {describe(hints.get(wrong[1], str))}{help_hint}"
+    if empty := re.match(r"argument (?:-o/)?--([\w.]+): expected (?:at least )?one argument", message):
+        allowed = describe(_item_type(hints.get(empty[1], str)))
+        return f"--{empty[1]} needs a value: {allowed}; one that begins with - is written --{empty[1]}=VALUE{help_hint}"
     if unknown := re.match(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
         word = unknown[1].partition("=")[0]
         if not word.startswith("-"):

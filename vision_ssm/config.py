@@ -23,7 +23,14 @@ T = TypeVar("T")
 _Leaves = dict[str, tuple[Any, str]]  # dotted key -> value, and who gave it
 
 _PACKAGE = Path(__file__).resolve().parent
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)", Path: "a path"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (in quotes)",
+    Path: "a path",
+    Any: "anything",
+}
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

@@ -24,6 +24,17 @@ def check_writable(folder: str | Path) -> None:
         raise UserError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
 
 
+def check_new(folder: str | Path) -> None:
+    """As `check_writable`, for a folder that has to be new or empty, so that nothing is replaced.
+
+    Raises:
+        UserError: It holds something, or cannot be made or written.
+    """
+    check_writable(folder)
+    if any(Path(folder).iterdir()):
+        raise UserError(f"{folder} is not empty, and nothing in it is replaced: give a new folder")
+
+
 def shipped_or_path(place: str | Path, shipped: Path) -> Path:
     """What exists at `place`; else the folder of that name in `shipped`; else `place`, for the message that follows."""
     path = Path(place)

@@ -106,6 +106,12 @@ def test_weights_of_another_model_are_named(capsys, tmp_path: Path) -> None:
         assert part in message
 
 
+def test_conversion_replaces_nothing(capsys, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert f"{tmp_path} is not empty" in _refused(capsys, "convert", weights, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_bench_looks_at_the_output_before_it_measures(capsys, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert main(["detect", "bench", "--resolutions=64", "--device=cpu", f"--output={tmp_path / 'file'}"]) == 2

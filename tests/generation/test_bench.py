@@ -96,7 +96,11 @@ def test_lengths_asked_for_are_sorted_and_what_would_take_too_long_is_left_out(s
 
 @pytest.mark.parametrize(
     ("error", "said", "code"),
-    [(torch.OutOfMemoryError("no room"), "out of memory", 0), (ValueError("broken\nindeed"), "ValueError: broken", 1)],
+    [
+        (torch.OutOfMemoryError("no room"), "out of memory", 0),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", 0),
+        (ValueError("broken\nindeed"), "ValueError: broken", 1),
+    ],
 )
 def test_a_layer_that_fails_costs_itself(small, monkeypatch, tmp_path, error, said, code):
     measure = bench._measure

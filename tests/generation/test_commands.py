@@ -107,6 +107,8 @@ def test_packed_weights_draw_nearly_the_same(images, tmp_path):
         assert pipeline.transformer.dtype == torch.float32
         drawn.append(draw(pipeline, [0, 1], [1, 2], steps=2).int())
     assert (drawn[0] - drawn[1]).abs().max() <= 3
+    with pytest.raises(UserError, match="is not empty"):
+        vssm("pack", images, images)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "gif"])
@@ -192,6 +194,7 @@ def test_latents_of_a_local_vae(real, tmp_path):
 
 
 def test_mistakes_are_told(images, videos, judge, real, tmp_path):
+    (tmp_path / "folder.png").mkdir()
     for arguments, message in [
         ((images, "--output", tmp_path / "a.mp4"), "is a video, this model makes pictures"),
         ((images, "--output", tmp_path / "a.txt"), "the ending must be one of"),
@@ -206,6 +209,13 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
         ((judge, "--output", tmp_path / "a.png"), "is no generator"),
         ((tmp_path / "none", "--output", tmp_path / "a.png"), "no checkpoint at"),
         ((images, "--output", tmp_path / "a.png", "--count", 0), "count must be above 0"),
+        ((images, "--output", tmp_path / "a.png", "--count", 10**15), "samples take .* draw fewer at a time"),
+        ((images, "--output", tmp_path / "a.png", "--steps", 1001), "must be 1 to 1000, got 1001"),
+        ((images, "--output", tmp_path / "a.png", "--classes", "²"), "there is no class '²'"),
+        ((images, "--output", tmp_path / "a.png", "--classes", 10**20), f"there is no class '{10**20}'"),
+        ((images, "--output", tmp_path / "folder.png"), "output is the folder .*folder.png/samples.png"),
+        ((videos, "--output", tmp_path / "a.gif", "--fps", 1e-5), "fps must be 0.01 to 1000"),
+        ((videos, "--output", tmp_path / "a.gif", "--stream", "--frames", 0), "frames must be 1 or more, got 0"),
     ]:
         with pytest.raises(UserError, match=message):
             vssm("sample", *arguments)
@@ -214,3 +224,22 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
     np.savez(tmp_path / "r.npz", about=np.array(json.dumps({"features": {"sha256": "0" * 64}})))
     with pytest.raises(UserError, match="another feature network"):
         vssm("eval", images, tmp_path / "r.npz", "--classifier", judge, "--count", 8, "--steps", 1)
+    (tmp_path / "broken.npz").write_text("no archive")
+    (tmp_path / "file").write_text("mine")
+    for verb, arguments, message in [
+        ("eval", (images, real, "--classifier", judge, "--rounds", 0), "rounds must be 8 or more, got 0"),
+        ("eval", (images, real, "--classifier", judge, "--frames", 2), "--frames and --stream are for videos"),
+        ("eval", (images, tmp_path / "broken.npz", "--count", 8, "--steps", 1), "cannot read .*broken.npz"),
+        ("reference", (real, tmp_path / "o.npz", "--classifier", judge, "--keep", -3), "keep must be 8 or more"),
+        ("reference", ("synthetic", tmp_path / "o.npz", "--frames", 4, "--count", 0), "count must be 8 or more"),
+        ("reference", (tmp_path / "no", tmp_path / "file" / "o.npz"), "cannot write to the output folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            vssm(verb, *arguments)
+
+
+def test_reports_keep_the_names_that_they_are_given(images, judge, real, tmp_path):
+    for name in ("dim.best", "dim.last", "both.json"):
+        flags = ("--classifier", judge, "--count", 8, "--steps", 1, "--rounds", 8, "--output", tmp_path / name)
+        assert vssm("eval", images, real, *flags) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["both.json", "dim.best.json", "dim.last.json"]

@@ -69,6 +69,20 @@ def test_packed_weights_are_half_as_large(tmp_path: Path) -> None:
         assert 0 < (loaded(image) - model(image)).abs().max() < 1e-3
 
 
+def test_packing_and_converting_replace_nothing(tmp_path: Path) -> None:
+    model = small()
+    save_weights(tmp_path / "w", model, card_of(model))
+    before = (tmp_path / "w" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="w is not empty, and nothing in it is replaced: give a new folder"):
+        run_pack(tmp_path / "w", tmp_path / "w")
+    with pytest.raises(UserError, match="w is not empty"):
+        run_convert(published_light_file(tmp_path / "light.pth"), tmp_path / "w")
+    assert (tmp_path / "w" / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write to the output folder .*file"):
+        run_pack(tmp_path / "w", tmp_path / "file")
+
+
 def test_published_file_runs_as_it_is_and_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = published_light_file(tmp_path / "light.pth")
     direct, card = load_model(file)

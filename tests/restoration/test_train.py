@@ -174,6 +174,12 @@ def test_losses():
         LossConfig(frequency=-1)
 
 
+@pytest.mark.parametrize("detail", [-1, 65])
+def test_detail_is_checked_before_pictures_are_read(detail):
+    with pytest.raises(UserError, match=f"model: detail must be 0 to 64 blocks, got {detail}"):
+        from_dict(RestoreConfig, {"model": {"detail": detail}})
+
+
 def test_every_task_has_a_recipe():
     from restoration.tasks import TASKS
 

@@ -231,6 +231,8 @@ def test_a_thousand_classes_are_imagenets(tmp_path) -> None:
     assert call("vssm classify convert", COMMANDS["convert"], [str(tmp_path / "vim.pth"), str(tmp_path / "out")]) == 0
     classifier = Classifier.load(tmp_path / "out", device="cpu")
     assert (classifier.classes[0], classifier.side) == ("n01440764", 8)
+    with pytest.raises(UserError, match="out is not empty"):
+        call("vssm classify convert", COMMANDS["convert"], [str(tmp_path / "vim.pth"), str(tmp_path / "out")])
 
 
 def test_other_weights_are_refused(tmp_path) -> None:

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from vision_ssm.checkpoint import save_checkpoint
 from vision_ssm.classify.commands import COMMANDS
 from vision_ssm.classify.config import ClassifyConfig, NetworkConfig
 from vision_ssm.classify.model import Classifier, build_network
@@ -87,6 +89,8 @@ def test_packed_weights_are_half_as_large_and_say_the_same(trained, folder, tmp_
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed, whole = Classifier.load(tmp_path / "packed", device="cpu"), Classifier.load(trained, device="cpu")
     assert packed.accuracy == whole.accuracy == 1.0
+    with pytest.raises(UserError, match="packed is not empty"):
+        call("vssm classify pack", COMMANDS["pack"], [str(trained), str(tmp_path / "packed")])
     torch.testing.assert_close(packed(images)[1], whole(images)[1], atol=5e-3, rtol=0)
 
 
@@ -164,6 +168,13 @@ def test_mistakes_are_told(folder, trained, tmp_path):
         find_labelled(folder, "val", ("green", "red"))
     with pytest.raises(UserError, match="--data.train"):
         run_train(ClassifyConfig())
+    vit = {"name": "vit_tiny_patch16_224", "options": {"embed_dim": 12, "depth": 1, "num_heads": 2}}
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 does not take pictures of 16x16 pixels .*224"):
+        ClassifyTask(settings(folder, tmp_path, network=vit)).build()
+    shutil.copytree(trained.parent, tmp_path / "run")
+    save_checkpoint(tmp_path / "run" / "last", {}, {"task": "classify"})  # as one that was packed
+    with pytest.raises(UserError, match="run is no run of `vssm classify train`"):
+        run_train(ClassifyConfig(), resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("classify/")])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import pytest
 import torch
 
@@ -63,7 +64,9 @@ def predict(
     return 1
 
 
-def score(*, weights: Path, splits: list[Literal["train", "val"]] = ["val"], limit: int | None = None) -> None:  # noqa: B006
+def score(
+    *, weights: Path, splits: list[Literal["train", "val"]] = ["val"], limit: int | None = None, sides: list[int] = [9]  # noqa: B006
+) -> None:  # fmt: skip
     """Score weights."""
     calls.append((weights, splits))
 
@@ -113,6 +116,9 @@ ERRORS = {
     "full": OSError(errno.ENOSPC, "No space left on device"),
     "oom": OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
     "memory": MemoryError(),
+    "host": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nmore"),
+    "size": RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+    "opencv": cv2.error("OpenCV: (-4:Insufficient memory) Failed to allocate 9 bytes"),
     "extra": ModuleNotFoundError("No module named 'onnx'", name="onnx"),
     "interrupt": KeyboardInterrupt(),
     "bug": ZeroDivisionError("division by zero"),
@@ -214,7 +220,9 @@ def test_menus_and_version(capsys):
         ("detect score --weights w --limit few", ["--limit is 'few'; allowed is a whole number or null"]),
         ("detect train --data d --optim.lr -1", ["optim: lr must be positive, got -1.0"]),
         ("detect train --data d --device gpu", ["--device is 'gpu'", "one of auto, cpu"]),
-        ("detect train --data", ["--data", "expected one argument"]),
+        ("detect train --data", ["--data needs a value: a path", "--data=VALUE"]),
+        ("detect score --weights", ["--weights needs a value", "begins with - is written --weights=VALUE"]),
+        ("detect score --weights w --splits", ["--splits needs a value: one of train, val"]),
         ("detect train", ["data needs a value", "--data"]),
         ("detect train --config nowhere.yaml", ["nowhere.yaml", "no such file"]),
         ("detect fail user", ["no such data set"]),
@@ -223,6 +231,11 @@ def test_menus_and_version(capsys):
         ("detect fail full", ["disk is full"]),
         ("detect fail oom", ["out of GPU memory", "batch size", "Tried to allocate 2 GiB"]),
         ("detect fail memory", ["out of memory", "batch size"]),
+        ("detect fail host", ["out of memory", "batch size", "you tried to allocate 9 bytes)"]),
+        ("detect fail size", ["out of memory", "sizes=[9, 9]"]),
+        ("detect fail opencv", ["out of memory", "Failed to allocate 9 bytes"]),
+        (f"detect score --weights w --limit {2**63}", [f"--limit is {2**63}", f"to {2**63 - 1}"]),
+        (f"detect score --weights w --sides 1 -{2**63}", [f"--sides is -{2**63}"]),
         ("detect fail extra", ["pip install 'vision-ssm[export]'"]),
     ],
 )

@@ -33,8 +33,17 @@ from vision_ssm.distill.student import MatrixMixer
 from vision_ssm.distill.teacher import attention_matrix, load_teacher, tapped
 from vision_ssm.distill.train import FOLDERS, StageTask, run_distill
 from vision_ssm.errors import UserError
+from vision_ssm.explain import record
 
 IMAGENET = ["--data.statistics", "imagenet"]
+OF_TIMM = [
+    "--teacher.name",
+    TEACHER.name,
+    "--teacher.weights",
+    "TEACHER",
+    "--teacher.options",
+    json.dumps(TEACHER.options),
+]
 STEPS = 60
 """Of a student, all stages together."""
 
@@ -59,6 +68,16 @@ def test_the_matrix_is_what_the_scan_computes(kind: StudentName, monkeypatch: py
     monkeypatch.undo()
     assert_close("of few tokens", module(x), module.proj(by_matrix * module.gate(x)), 1e-12)
     assert bool(matrix.triu(1).abs().max() == 0) is (kind == "ssd_causal")
+
+
+@pytest.mark.parametrize("kind", ["nc_ssd", "ssd", "s6", "ssd_causal"])
+def test_a_student_of_few_tokens_can_be_explained(kind: StudentName) -> None:
+    module = mixer(kind)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    with record(module) as recording:
+        y = module(x)
+    assert [len(list(layer.directions())) for layer in recording.layers] == [module.directions]
+    assert_close("observed", y, module(x), 1e-12)
 
 
 def test_the_first_stage_changes_the_matrix_alone() -> None:
@@ -197,6 +216,7 @@ def test_timms_normalisation_is_folded_into_the_patches(tmp_path: Path, statisti
         (["--data.train", "DATA", "--teacher.name", "vit_tny"], "vit_tiny"),
         (["--data.train", "DATA", "--teacher.weights", "TEACHER"], "data.side"),
         (["--data.train", "DATA", "--teacher.weights", "TEACHER", "--data.side", "8", *IMAGENET], "plain"),
+        (["--data.train", "DATA", *OF_TIMM, "--data.side", "16"], "does not take pictures of 16x16"),
         (["--data.train", "DATA", "--student.mixer", "lstm"], "nc_ssd"),
         (["--shares", "[1,1,1]"], "add up to 1"),
         (["--train.epochs", "3", "--train.steps", "null"], "train.steps"),

@@ -267,7 +267,7 @@ def test_commands_write_a_table_json_and_a_plot(arguments, tmp_path, capsys):
         (["icl", "s6", "--task", "mqar", "--points", "200"], "vocabulary"),
         (["icl", "s6", "--task", "parity", "--dims", "2"], "at least 3"),
         (["icl", "s6", "--task", "linreg", "--lr", "-1"], "above 0"),
-        (["expressivity", "s6", "--layers"], "expected at least one argument"),
+        (["expressivity", "s6", "--layers"], "--layers needs a value: a whole number"),
         (["expressivity", "s6", "--paths", "10"], "at least 1000"),
         (["sampling", "s6", "--seeds", "0"], "at least 1"),
     ],

@@ -35,7 +35,7 @@ from vision_ssm.training.plan import Plan
     ("fields", "message"),
     [
         ({}, "epochs or in steps, got neither"),
-        ({"epochs": 1, "steps": 1}, "epochs=1 and steps=1"),
+        ({"epochs": 1, "steps": 1}, "epochs=1 and steps=1: set one to null"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"epochs": 1, "precision": "fp16"}, "precision must be fp32 or bf16, got 'fp16'"),
         ({"epochs": 1, "clip": -1.0}, "clip must be a positive number or null, got -1.0"),

@@ -52,7 +52,7 @@ def pack(weights: Path, output: Path) -> int:
 
     Args:
         weights: Checkpoint folder or .safetensors file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from vision_ssm.classify.predict import run_pack
 
@@ -64,7 +64,7 @@ def convert(file: Path, output: Path) -> int:
 
     Args:
         file: The .pth, .pt or .safetensors file.
-        output: Folder to write.
+        output: Folder to write, new or empty.
     """
     from vision_ssm.classify.convert import run_convert
 

@@ -7,6 +7,7 @@ from timm.data import ImageNetInfo
 from vision_ssm.backbones.convert import SIDE, from_official, network_of
 from vision_ssm.checkpoint import load_checkpoint, save_checkpoint
 from vision_ssm.errors import UserError
+from vision_ssm.files import check_new
 
 IMAGENET_CLASSES = 1000
 
@@ -35,6 +36,7 @@ def run_convert(file: str | Path, output: str | Path) -> int:
         "side": options.get("img_size", SIDE),
         "statistics": "imagenet",
     }
+    check_new(output)
     save_checkpoint(output, weights, config)
     described = ", ".join(f"{key} {value}" for key, value in options.items())
     print(f"{output}: {name} ({described}), {classes} classes, {len(weights)} tensors")

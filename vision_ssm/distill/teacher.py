@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vision_ssm.checkpoint import load_checkpoint, load_matching
 from vision_ssm.classify.config import ClassifyDataConfig, NetworkConfig, Statistics
-from vision_ssm.classify.model import STATISTICS, build_network, classifier_from, find_weights
+from vision_ssm.classify.model import STATISTICS, build_network, check_side, classifier_from, find_weights
 from vision_ssm.config import near_match
 from vision_ssm.distill.config import TeacherConfig
 from vision_ssm.distill.student import check_attention
@@ -53,6 +53,7 @@ def load_teacher(config: TeacherConfig, classes: Sequence[str], data: ClassifyDa
     else:
         raise UserError("no teacher: give a folder of `vssm classify train` as --teacher.weights, or --teacher.name")
     check_attention(network)
+    check_side(network, built.name, data.side)
     return Teacher(cast(VisionTransformer, network.requires_grad_(False).eval()), built)
 
 

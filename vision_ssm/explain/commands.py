@@ -11,24 +11,22 @@ from vision_ssm.explain.options import ClassifyOptions, DetectOptions, GenerateO
 
 def detect(options: DetectOptions) -> int:
     """Why this box: what added to the class score of one detection."""
-    return importlib.import_module("detection.explain").run_explain(options)
+    return _run("detection.explain", options)
 
 
 def restore(options: RestoreOptions) -> int:
     """Which pixels repaired this one: where the scans of a restorer read, and its effective receptive field."""
-    return importlib.import_module("restoration.explain").run_explain(options)
+    return _run("restoration.explain", options)
 
 
 def generate(options: GenerateOptions) -> int:
     """What a generated patch was made from, at several steps of the denoising; of videos also frame by frame."""
-    return importlib.import_module("generation.explain").run_explain(options)
+    return _run("generation.explain", options)
 
 
 def classify(options: ClassifyOptions) -> int:
     """What a class was recognised by: any network of `vssm classify` that has scans or attention."""
-    from vision_ssm.explain.classifier import run_explain
-
-    return run_explain(options)
+    return _run("vision_ssm.explain.classifier", options)
 
 
 def perturb(options: PerturbOptions) -> int:
@@ -36,6 +34,13 @@ def perturb(options: PerturbOptions) -> int:
     from vision_ssm.explain.classifier import run_perturb
 
     return run_perturb(options)
+
+
+def _run(module: str, options: DetectOptions | RestoreOptions | GenerateOptions | ClassifyOptions) -> int:
+    from vision_ssm.files import check_writable
+
+    check_writable(options.output)
+    return importlib.import_module(module).run_explain(options)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {

@@ -154,6 +154,6 @@ class PerturbOptions:
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("cells", "count", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name, least in (("cells", 1), ("count", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")

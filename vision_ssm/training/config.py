@@ -113,7 +113,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            given = "neither" if self.epochs is None else f"epochs={self.epochs} and steps={self.steps}"
+            given = (
+                "neither" if self.epochs is None else f"epochs={self.epochs} and steps={self.steps}: set one to null"
+            )
             raise UserError(f"give the length of the run either in epochs or in steps, got {given}")
         for name in ("epochs", "steps", "nominal_batch", "patience", "save_every", "batch_size", "val_every"):
             value = getattr(self, name)
