@@ -12,7 +12,7 @@ from vision_ssm.cli import DIRECT, TASKS
 from vision_ssm.command_line import build_parser, with_underscores
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 @functools.cache

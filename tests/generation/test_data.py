@@ -169,7 +169,7 @@ def test_mistakes_are_told(tmp_path):
         find_source(config(tmp_path), "train")
     with pytest.raises(UserError, match="no videos in"):
         find_source(config(tmp_path, frames=4), "train")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="are no folder"):
         find_source(config(tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="synthetic moving shapes are clips of 2 frames"):
         GenerateDataConfig(train="synthetic")
