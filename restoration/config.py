@@ -11,6 +11,7 @@ from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, T
 
 Cache = Literal["auto", "ram", "none"]
 MOST_DETAIL = 64
+"""Blocks of convolutions on either side: far more than help, few enough to be built."""
 Folders = str | tuple[str, ...]
 
 

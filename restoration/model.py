@@ -118,16 +118,17 @@ class Serpent(RestorationUNet):
         levels = list(zip(pairwise(widths), size.depths, strict=False))
         encoder = [EncoderLevel(blocks(a, n), nn.Conv2d(a, b, 2, stride=2)) for (a, b), n in levels]
         decoder = [DecoderLevel(up(b, a, 2), nn.Conv2d(2 * a, a, 1), blocks(a, n)) for (a, b), n in reversed(levels)]
-        if detail:
-            fine, cells = size.width, size.patch
-            encoder.insert(0, EncoderLevel(_convs(fine, detail), nn.Conv2d(fine, fine, cells, stride=cells)))
-            decoder.append(DecoderLevel(up(fine, fine, cells), nn.Conv2d(2 * fine, fine, 1), _convs(fine, detail)))
+        patch, fine = size.patch, size.width
+        if detail:  # this level makes the patches
+            encoder.insert(0, EncoderLevel(_convs(fine, detail), nn.Conv2d(fine, fine, patch, stride=patch)))
+            decoder.append(DecoderLevel(up(fine, fine, patch), nn.Conv2d(2 * fine, fine, 1), _convs(fine, detail)))
+            patch = 1
         super().__init__(
-            stem=_stem(in_channels, size.width, 1 if detail else size.patch),
+            stem=_stem(in_channels, fine, patch),
             encoder=encoder,
             middle=blocks(widths[-1], size.depths[-1]),
             decoder=decoder,
-            head=Head(size.width, out_channels, 1 if detail else size.patch),
+            head=Head(fine, out_channels, patch),
             in_channels=in_channels,
             out_channels=out_channels,
             multiple=size.patch * 2 ** len(levels),

@@ -47,13 +47,15 @@ class ScanState(NamedTuple):
         return ScanState(self.conv[:count], self.scan[:count], None if self.memory is None else self.memory[:count])
 
 
+Read = tuple[Tensor, ScanState | None]
+"""Outputs, and what goes on to the next piece; None after the last."""
+
+
 class Direction(ABC):
     """One reading direction of a mixer."""
 
     @abstractmethod
-    def read(
-        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
-    ) -> tuple[Tensor, ScanState | None]:
+    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """Read a piece of the sequence.
 
         Args:
@@ -82,9 +84,7 @@ class S6Direction(DirectionalScan, Direction):
         )
         spare_from_decay(self.scan.A_log, self.scan.D)
 
-    def read(
-        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
-    ) -> tuple[Tensor, ScanState | None]:
+    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
@@ -113,9 +113,7 @@ class SSDDirection(nn.Module, Direction):
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
         spare_from_decay(self.A_log, self.D)
 
-    def read(
-        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
-    ) -> tuple[Tensor, ScanState | None]:
+    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """See ``Direction``; ``projected`` is gate, input, B, C and step sizes, D | D | N | N | E."""
         inner = self.split[0]
         _, xBC, dt = projected.split((inner, sum(self.split), self.heads), dim=-1)
@@ -160,9 +158,7 @@ class S4DDirection(nn.Module, Direction):
         self.scan = S4D(inner, state_size=state_size, reverse=reverse, total=options.polar[0] > 0)
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
 
-    def read(
-        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
-    ) -> tuple[Tensor, ScanState | None]:
+    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
@@ -182,9 +178,7 @@ class ConvDirection(nn.Module, Direction):
         self.reverse = reverse
         self.conv = nn.Conv1d(inner, inner, TAPS, groups=inner)
 
-    def read(
-        self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False
-    ) -> tuple[Tensor, ScanState | None]:
+    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """See ``Direction``; ``projected`` is value and gate, 2 D."""
         value, gate = projected.chunk(2, dim=-1)
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
@@ -260,9 +254,7 @@ class ScanMixer(Mixer):
         y, state = self._mixed(x, axis, before, after, last=False)
         return y, cast(ScanState, state)
 
-    def _mixed(
-        self, x: Tensor, axis: int, before: ScanState | None, after: ScanState | None, *, last: bool
-    ) -> tuple[Tensor, ScanState | None]:
+    def _mixed(self, x: Tensor, axis: int, before: ScanState | None, after: ScanState | None, *, last: bool) -> Read:
         projected = self.in_proj(x)
         y, state = self.forwards.read(projected, axis, before, last=last)
         if self.backwards is not None:

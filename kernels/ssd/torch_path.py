@@ -175,10 +175,8 @@ def forward(
         if starts is not None and need_backward:
             kept.append(starts)
     y = outputs[0] if merge else torch.stack(outputs, dim=3)
-    nothing = outputs[0].new_empty(0)
-    return (
-        y.to(x.dtype), torch.stack(finals, dim=2) if finals else nothing, torch.stack(kept) if kept else nothing.clone()
-    )  # fmt: skip
+    final = torch.stack(finals, dim=2) if finals else y.new_empty(0)
+    return y.to(x.dtype), final, torch.stack(kept) if kept else y.new_empty(0)
 
 
 class _Gradients(NamedTuple):
@@ -269,6 +267,7 @@ def backward(
     of_dt, of_b, of_c, of_a, of_skip, of_bias = (
         torch.stack(t, dim) for t, dim in zip(zip(*per_k, strict=True), (3, 3, 3, 0, 0, 0), strict=True)
     )
-    found = (of_x, of_dt, of_a, of_b, of_c, of_skip, of_bias, torch.stack(of_starts, 2) if of_starts else of_x)
-    inputs = (x, dt, A, Bm, C, D, dt_bias, initial_state)
-    return [g.to(t.dtype) if need and t is not None else None for g, t, need in zip(found, inputs, needs, strict=True)]
+    of_start = torch.stack(of_starts, dim=2) if of_starts else None
+    found = (of_x, of_dt, of_a, of_b, of_c, of_skip, of_bias, of_start)
+    return [g.to(t.dtype) if need and g is not None and t is not None else None
+            for g, t, need in zip(found, (x, dt, A, Bm, C, D, dt_bias, initial_state), needs, strict=True)]  # fmt: skip

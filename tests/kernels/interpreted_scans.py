@@ -125,17 +125,17 @@ def only_needed() -> dict[str, float]:
     return difference
 
 
-def without_states(case: Case, path=gpu) -> dict[str, float]:
+def without_states(case: Case) -> dict[str, float]:
     """Largest differences that it makes to ask for no final state."""
     gpu._chunking = lambda x, orders, states: (case.chunk, -(-_length(x, orders) // case.chunk))
     given, needs = case.inputs(), tuple(t is not None for t in case.inputs())
     options = dict(orders=case.orders, softplus=case.softplus, merge=case.merge)
-    want_y, _, want_saved = path.forward(*given, **options, need_backward=True)
-    y, final, saved = path.forward(*given, **options, need_backward=True, want_final=False)
+    want_y, _, want_saved = gpu.forward(*given, **options, need_backward=True)
+    y, final, saved = gpu.forward(*given, **options, need_backward=True, want_final=False)
     assert final.numel() == 0
     grad_y = torch.arange(y.numel()).cos().view(y.shape)
-    want = path.backward(grad_y, None, *given, want_saved, **options, needs=needs)
-    got = path.backward(grad_y, None, *given, saved, **options, needs=needs)
+    want = gpu.backward(grad_y, None, *given, want_saved, **options, needs=needs)
+    got = gpu.backward(grad_y, None, *given, saved, **options, needs=needs)
     pairs = zip(("y", *NAMES), (y, *got), (want_y, *want), strict=True)
     return {name: float((g - w).abs().max()) for name, g, w in pairs if g is not None}
 

@@ -40,7 +40,7 @@ class StackOptions:
     smr: int = 0
     """Taps of the memory that is replayed into a scan's input, 0 for none."""
     causal: bool = True
-    """Tokens see those before them only."""
+    """Tokens see those before them only; --no-causal scans both ways."""
 
     def build(self) -> "list[StackConfig]":
         """The stacks that are named.
@@ -75,8 +75,6 @@ class StackOptions:
 class RecencyOptions(StackOptions):
     """Of `vssm probe recency`."""
 
-    causal: bool = True
-    """Tokens see those before them only; --no-causal scans both ways."""
     pool: Pool = "last"
     """What the classifier reads: its last token, or the mean of all."""
     length: int = 256
@@ -88,8 +86,7 @@ class RecencyOptions(StackOptions):
 
     def __post_init__(self) -> None:
         self.at_least(8, "length")
-        if self.steps < 0:
-            raise UserError(f"steps must not be negative, got {self.steps}")
+        self.at_least(0, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +101,7 @@ class SmoothOptions(StackOptions):
     """Of weights and data."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"steps must not be negative, got {self.steps}")
+        self.at_least(0, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
