@@ -236,7 +236,11 @@ def test_backward_of_one_direction_holds_no_copy_of_x(states):
 
 @few_states
 def test_four_directions_store_no_delta(states):
-    """A full delta of four directions is four times x; a float32 sum of the directions is two."""
+    """A full delta of four directions is four times x, as are the directions' own results.
+
+    Needed are (in x) 1 the result, 1 the gradient of x, 2 its float32 sum and, with 4 states, 0.5 each the chunk states
+    and the adjoint ones, the channel blocks' gradients of B and of C, 0.6 those of the parameters and of delta.
+    """
     problem = image_problem((1, 256, 512, 256), states=states, dtype=torch.bfloat16)
     size, grad = problem["x"].nbytes, torch.randn_like(problem["x"])
     with torch.no_grad():
@@ -244,7 +248,7 @@ def test_four_directions_store_no_delta(states):
     assert forward < 4, f"forward: {forward:.2f} times x"
     given = leaves(problem)
     both = extra_memory(lambda: torch.autograd.grad(scan(given), list(given.values()), grad)) / size
-    assert both < 6, f"forward + backward: {both:.2f} times x"
+    assert both < (6 if states == 1 else 7), f"forward + backward: {both:.2f} times x"
 
 
 def test_memory_of_the_detectors_largest_map():
@@ -309,7 +313,7 @@ def test_opcheck():
         given["delta_weight"], given["delta_bias"], None, None,
     )  # fmt: skip
     torch.library.opcheck(
-        torch.ops.vision_ssm.selective_scan.default, (*tensors, [0, 1, 2, 3], True, True, True, "triton")
+        torch.ops.vision_ssm.selective_scan.default, (*tensors, [0, 1, 2, 3], True, True, True, True, "triton")
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from vision_ssm import cli
-from vision_ssm.bench import catalogue
+from vision_ssm.bench import catalogue, check
 from vision_ssm.bench.accuracy import long_cases
 from vision_ssm.bench.check import check_float64_forms, check_workload, forms_agree
 from vision_ssm.bench.commands import bench_kernels
@@ -139,6 +139,17 @@ def test_every_kind_passes_its_check(workload):
     assert check.passed
     leaves = workload.checked(workload.tensors(torch.float32, CPU))
     assert set(check.errors) == {"y", *(f"d{name}" for name in leaves)}
+
+
+def test_a_sum_of_sequences_that_cancel_may_be_further_off():
+    """The gradient of A is a tenth of what either sequence gives: its bound is that of what is added."""
+    workload = TINY["ssd"]
+    t = {n: v.double() for n, v in workload.tensors(torch.float32, CPU).items()}
+    t |= {n: v[:1].expand_as(v) for n, v in t.items() if workload.axes[n][0] is not None}
+    grad = torch.randn(1, *t["x"].shape[1:], dtype=torch.float64) * torch.tensor([1, -0.9]).view(2, 1, 1, 1)
+    _, cancels = check._float64(workload, t, check._follow(workload, t["x"]), grad)
+    assert cancels["dA"] == pytest.approx((1 + 0.9**2) ** 0.5 / 0.1)
+    assert cancels["dx"] == cancels["y"] == 1
 
 
 def test_a_part_can_stand_for_the_whole(monkeypatch):
