@@ -126,8 +126,7 @@ class DiMBlock(nn.Module):
     def _modulated(self, x: Tensor, condition: Tensor) -> tuple[Tensor, int, Tensor]:
         """What the mixer reads, along which axis, and the gate on its result."""
         shift, scale, gate = self.modulation(condition)
-        h = F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
-        return *scanned(h, self.letter), gate
+        return *scanned(_shifted_norm(x, shift, scale), self.letter), gate
 
 
 class Head(nn.Module):
@@ -141,7 +140,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, F, L, D) and (B, f, 1, D) -> (B, F, L, outputs)."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift)
+        return self.linear(_shifted_norm(x, shift, scale))
 
 
 class DiM(ModelMixin, ConfigMixin):
@@ -394,6 +393,10 @@ class DiM(ModelMixin, ConfigMixin):
         height, width = sample.shape[-2:]
         if height % p or width % p or 0 in sample.shape[2:]:
             raise UserError(f"height and width must be multiples of the patch ({p}), got {height} x {width}")
+
+
+def _shifted_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def _check(patch: int, num_classes: int | None, objective: str, label_dropout: float) -> None:

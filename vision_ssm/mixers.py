@@ -49,17 +49,19 @@ class ScanState(NamedTuple):
 
 Read = tuple[Tensor, ScanState | None]
 """Outputs, and what goes on to the next piece; None after the last."""
+Parts = tuple[Tensor, ...]
+"""Of one projection, split once for all who read them, so that its gradient is put together once."""
 
 
 class Direction(ABC):
     """One reading direction of a mixer."""
 
     @abstractmethod
-    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
+    def read(self, given: Parts, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
         """Read a piece of the sequence.
 
         Args:
-            projected: What the mixer's input projection gives, channels last.
+            given: What the mixer's input projection gives, channels last, in parts.
             axis: The axis that is read.
             state: Of the same direction after the piece before (in reading order), None at the beginning.
             last: Nothing follows: no state is made, which of short sequences is most of the numbers there are.
@@ -84,9 +86,9 @@ class S6Direction(DirectionalScan, Direction):
         )
         spare_from_decay(self.scan.A_log, self.scan.D)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
-        """See ``Direction``; ``projected`` is value and gate, 2 D."""
-        value, gate = projected.chunk(2, dim=-1)
+    def read(self, given: Parts, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
+        """See ``Direction``; ``given`` are value and gate."""
+        value, gate = given
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
         y, scan, memory = self.scanned(u, gate, axis, start, memory, last=last)
@@ -113,10 +115,9 @@ class SSDDirection(nn.Module, Direction):
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
         spare_from_decay(self.A_log, self.D)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
-        """See ``Direction``; ``projected`` is gate, input, B, C and step sizes, D | D | N | N | E."""
-        inner = self.split[0]
-        _, xBC, dt = projected.split((inner, sum(self.split), self.heads), dim=-1)
+    def read(self, given: Parts, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
+        """See ``Direction``; ``given`` are the gate, which it leaves to the mixer, input with B and C, step sizes."""
+        _, xBC, dt = given
         xBC, conv = _convolve(xBC, self.conv, axis, state, reverse=self.reverse, last=last)
         x, B, C = xBC.split(self.split, dim=-1)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
@@ -158,9 +159,9 @@ class S4DDirection(nn.Module, Direction):
         self.scan = S4D(inner, state_size=state_size, reverse=reverse, total=options.polar[0] > 0)
         self.replay = MemoryReplay(inner, options.smr, reverse=reverse) if options.smr else None
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
-        """See ``Direction``; ``projected`` is value and gate, 2 D."""
-        value, gate = projected.chunk(2, dim=-1)
+    def read(self, given: Parts, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
+        """See ``Direction``; ``given`` are value and gate."""
+        value, gate = given
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
         start, memory = (None, None) if state is None else (state.scan, state.memory)
         if self.replay is not None:
@@ -178,9 +179,9 @@ class ConvDirection(nn.Module, Direction):
         self.reverse = reverse
         self.conv = nn.Conv1d(inner, inner, TAPS, groups=inner)
 
-    def read(self, projected: Tensor, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
-        """See ``Direction``; ``projected`` is value and gate, 2 D."""
-        value, gate = projected.chunk(2, dim=-1)
+    def read(self, given: Parts, axis: int, state: ScanState | None, *, last: bool = False) -> Read:
+        """See ``Direction``; ``given`` are value and gate."""
+        value, gate = given
         u, conv = _convolve(value, self.conv, axis, state, reverse=self.reverse, last=last)
         return u * F.silu(gate), _state(conv, u.select(axis, 0)[..., :0].float(), None)
 
@@ -255,19 +256,23 @@ class ScanMixer(Mixer):
         return y, cast(ScanState, state)
 
     def _mixed(self, x: Tensor, axis: int, before: ScanState | None, after: ScanState | None, *, last: bool) -> Read:
-        projected = self.in_proj(x)
-        y, state = self.forwards.read(projected, axis, before, last=last)
+        parts = self.parts(self.in_proj(x))
+        y, state = self.forwards.read(parts, axis, before, last=last)
         if self.backwards is not None:
-            y = 0.5 * (y + self.backwards.read(projected, axis, after, last=True)[0])
-        return self.out_proj(self.gated(y, projected)), state
+            y = 0.5 * (y + self.backwards.read(parts, axis, after, last=True)[0])
+        return self.out(y, parts), state
 
     def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
         """See ``Mixer``."""
-        return None if self.backwards is None else self.backwards.read(self.in_proj(x), axis, after)[1]
+        return None if self.backwards is None else self.backwards.read(self.parts(self.in_proj(x)), axis, after)[1]
 
-    def gated(self, y: Tensor, projected: Tensor) -> Tensor:
-        """What goes into the output projection, (..., D) -> (..., D); most directions gate their output themselves."""
-        return y
+    def parts(self, projected: Tensor) -> Parts:
+        """What the directions read: value and gate, each (..., D)."""
+        return projected.chunk(2, dim=-1)
+
+    def out(self, y: Tensor, parts: Parts) -> Tensor:
+        """The directions' outputs (..., D), which they have gated themselves, -> (..., C)."""
+        return self.out_proj(y)
 
 
 class GatedScanMixer(MixingMatrix, ScanMixer):
@@ -323,15 +328,20 @@ class SSDMixer(MixingMatrix, ScanMixer):
     ) -> None:
         super().__init__()
         inner = EXPAND * dim
-        self.in_proj = nn.Linear(dim, 2 * inner + 2 * state_size + _heads(inner), bias=False)
+        self.split = (inner, inner + 2 * state_size, _heads(inner))
+        self.in_proj = nn.Linear(dim, sum(self.split), bias=False)
         self.forwards = SSDDirection(dim, state_size=state_size, reverse=False, options=options)
         self.backwards = None if causal else SSDDirection(dim, state_size=state_size, reverse=True, options=options)
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def gated(self, y: Tensor, projected: Tensor) -> Tensor:
-        """Gate, then norm, as Mamba-2."""
-        return gated_norm(y, projected[..., : y.shape[-1]], self.norm)
+    def parts(self, projected: Tensor) -> Parts:
+        """Gate; input, B and C; step sizes: D | D + 2 N | E."""
+        return projected.split(self.split, dim=-1)
+
+    def out(self, y: Tensor, parts: Parts) -> Tensor:
+        """Gate, norm and output projection, as Mamba-2."""
+        return norm_out(y * F.silu(parts[0]), self.norm, self.out_proj)
 
 
 class GatedConvMixer(ScanMixer):
@@ -390,7 +400,7 @@ class NonCausalSSDMixer(MixingMatrix, Mixer):
             dt_bias=exact(self.dt_bias, u),
             softplus=True,
         )
-        return from_lines(self.out_proj(gated_norm(y.flatten(-2), z, self.norm)), shape, axis)
+        return from_lines(norm_out(y.flatten(-2) * F.silu(z), self.norm, self.out_proj), shape, axis)
 
 
 class AttentionMixer(MixingMatrix, Mixer):
@@ -493,9 +503,15 @@ def present_heads(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bia
     return (gain.unsqueeze(-1) * x).to(x.dtype)
 
 
-def gated_norm(y: Tensor, gate: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """Gate, then norm, as Mamba-2; the norm in its weight's type, so that autocast does not shorten it."""
-    return norm((y * F.silu(gate)).to(norm.weight.dtype))
+def norm_out(y: Tensor, norm: nn.RMSNorm, out_proj: nn.Linear) -> Tensor:
+    """Norm and projection, (..., D) -> (..., C).
+
+    The norm's weight goes into the projection's and autocast does not make y longer: a norm in y's own type without a
+    weight is one kernel, which sums in float32. In float32 it was most of a short mixer's memory traffic.
+    """
+    with torch.autocast(y.device.type, enabled=False):
+        y = F.rms_norm(y, norm.normalized_shape, eps=norm.eps)
+    return F.linear(y, out_proj.weight * norm.weight)
 
 
 def as_lines(x: Tensor, axis: int) -> tuple[Tensor, torch.Size]:

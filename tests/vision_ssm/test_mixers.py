@@ -26,7 +26,7 @@ from vision_ssm.errors import UserError
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerStack, ScanOptions
-from vision_ssm.mixers import Mixer, S6Direction, SSDDirection, build_mixer
+from vision_ssm.mixers import Mixer, S6Direction, SSDDirection, build_mixer, norm_out
 from vision_ssm.mixers2d import SSD2D, build_mixer2d
 from vision_ssm.ss2d import DIRECTIONS, SS2D
 
@@ -199,11 +199,25 @@ def test_a_channel_of_decay_one_forgets_nothing_and_one_of_zero_all():
     assert y[:, 1:].abs().max() == 0
 
 
+def test_a_norm_before_a_projection_keeps_the_type_of_its_input():
+    """As the norm with its weight; under autocast no activation becomes float32, and the sums are still float32's."""
+    torch.manual_seed(0)
+    norm, out = nn.RMSNorm(384, eps=1e-5), nn.Linear(384, 8, bias=False)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    y = torch.randn(3, 384)
+    assert_close("float32", norm_out(y, norm, out), out(norm(y)), 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = norm_out(300 * y.bfloat16(), norm, out)  # squares summed in bfloat16 would be 5 % off
+    assert short.dtype == torch.bfloat16
+    assert_close("bfloat16", short, out(norm(300 * y)), 1e-2)
+
+
 def test_polar_heads_of_ssd_are_exactly_one_and_zero():
     torch.manual_seed(0)
     one = scrambled(SSDDirection(DIM, state_size=4, reverse=True, options=ScanOptions(polar=(1, 1))))
     projected = torch.randn(2, 9, 2 * 192 + 8 + 3, dtype=torch.float64)
-    _, xBC, dt = projected.split((192, 200, 3), dim=-1)
+    parts = projected.split((192, 200, 3), dim=-1)
+    _, xBC, dt = parts
     xBC = causal_conv1d(xBC, one.conv.weight.squeeze(1), one.conv.bias, activation="silu", reverse=True)
     x, B, C = xBC.split((192, 4, 4), dim=-1)
     A = torch.cat([torch.zeros(1), -one.A_log.exp(), torch.full((1,), -1e30)])
@@ -211,7 +225,7 @@ def test_polar_heads_of_ssd_are_exactly_one_and_zero():
         x.unflatten(-1, (3, -1)), dt, A, B.unsqueeze(2), C.unsqueeze(2), one.D, dt_bias=one.dt_bias, softplus=True,
         reverse=True, backend="reference",
     )  # fmt: skip
-    assert_close("polar ssd", one.read(projected, 1, None)[0], want.flatten(2), 1e-12)
+    assert_close("polar ssd", one.read(parts, 1, None)[0], want.flatten(2), 1e-12)
 
 
 def test_polar_of_s4d_adds_the_sum_of_all_inputs():
