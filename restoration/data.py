@@ -44,7 +44,7 @@ class CropDataset(Dataset):
         degradation: makes the inputs of clean pictures; not used with pairs.
         scale: of the task; targets are so many times larger than inputs.
         config: crops (their side is rounded up to a multiple of the scale; a picture that is smaller is reflected),
-            samples in an epoch, flips.
+            samples in an epoch, flips, shrinking.
         epochs: length of the training, which says when crops grow.
     """
 
@@ -72,7 +72,7 @@ class CropDataset(Dataset):
         target = self.read(example.target)
         turn = int(rng.integers(8)) if self.config.flips else 0
         if example.input is None:
-            clean = _turned(_random_crop(target, side * self.scale, rng), turn)
+            clean = _turned(_shrunk_crop(target, side * self.scale, self.config.shrink, rng), turn)
             degraded = self.degradation.apply(to_tensor(clean), seed=int(rng.integers(2**48)))
             return {"input": degraded, "target": _target(clean)}
         planes = [self.read(example.input), *([self.read(example.mask)] if example.mask else [])]
@@ -134,6 +134,13 @@ def _target(pixels: np.ndarray) -> Tensor:
     if pixels.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     return to_tensor(pixels)
+
+
+def _shrunk_crop(pixels: np.ndarray, side: int, least: float, rng: np.random.Generator) -> np.ndarray:
+    """A random crop, made smaller by a random factor from ``least`` to 1 as far as the picture is large enough."""
+    factor = 1.0 if least == 1 else max(rng.uniform(least, 1), side / min(pixels.shape[:2]))
+    cut = _random_crop(pixels, max(side, round(side / factor)), rng)
+    return cut if len(cut) == side else cv2.resize(cut, (side, side), interpolation=cv2.INTER_AREA)
 
 
 def _random_crop(pixels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

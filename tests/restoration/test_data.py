@@ -168,6 +168,24 @@ def test_crops_grow(tmp_path):
         RestoreDataConfig(crops=((8, 0.5), (20, 0.4)))
 
 
+def test_crops_are_shrunk_at_random(tmp_path):
+    """Of a ramp that rises by 1 a pixel, crops rise by 1 to 2; a picture of the crop's size has nothing to shrink."""
+    write(tmp_path / "large" / "a.png", np.tile(np.arange(64, dtype=np.uint8)[:, None], (64, 1, 3)))
+    write(tmp_path / "exact" / "a.png", np.tile(np.arange(32, dtype=np.uint8)[:, None], (32, 1, 3)))
+    write(tmp_path / "small" / "a.png", SMALL)
+    data = dataset(tmp_path / "large", shrink=0.5, flips=False)
+    ramps = [data[SampleKey(0, 0, index)]["target"].float() for index in range(8)]
+    slopes = torch.tensor([(ramp[0, 0, -1] - ramp[0, 0, 0]) / 31 for ramp in ramps])
+    assert {tuple(ramp.shape) for ramp in ramps} == {(3, 32, 32)}
+    assert ((slopes >= 1) & (slopes <= 2.02)).all()
+    assert slopes.std() > 0.1
+    for size in ("exact", "small"):
+        kept, plain = (dataset(tmp_path / size, shrink=s, flips=False)[SampleKey(0, 0, 0)]["target"] for s in (0.5, 1))
+        assert torch.equal(kept, plain)
+    with pytest.raises(UserError, match="shrink must be above 0 and at most 1, got 0"):
+        RestoreDataConfig(shrink=0)
+
+
 def test_small_pictures_are_reflected(tmp_path):
     target = dataset(write_set(tmp_path, 20), flips=False)[SampleKey(0, 0, 0)]["target"]
     assert target.shape == (3, 32, 32)
