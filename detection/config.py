@@ -19,6 +19,8 @@ class ModelConfig:
     """The local block before every scan (released code and first paper version: yes)."""
     stage_repeats: tuple[int, int, int, int] = (3, 3, 9, 3)
     """Blocks per backbone stage before depth scaling (released code 3,3,9,3; second paper version 3,6,6,3)."""
+    width: float | None = None
+    """Multiplier of all widths, instead of the size's 0.25, 0.5 or 0.75."""
     init: Literal["official", "vmamba"] = "official"
     """Initial values of the scans: as the released code, or as Mamba and VMamba."""
     mixer: MixerName = "s6"

@@ -138,6 +138,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_classes": num_classes,
         "lsblock": any(".local." in name for name in state_dict),
         "stage_repeats": tuple(max(round(count / depth), 1) for count in blocks),
+        "width": None,
         "init": "official",
         "mixer": "s6",
         "mixer_pattern": "same",

@@ -7,7 +7,7 @@ stage repeats 3, 3, 9, 3; the paper's later version has no local block and repea
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ SCALES: dict[str, Scale] = {"t": Scale(0.33, 0.25, 1024), "b": Scale(0.33, 0.50,
 STAGE_CHANNELS = (128, 256, 512, 1024)
 STAGE_REPEATS = (3, 3, 9, 3)
 NECK_SCANS = 3
+MOST_WIDTH = 4
 
 
 class Backbone(nn.Module):
@@ -133,6 +134,7 @@ class MambaYOLO(nn.Module):
         num_classes: Number of classes, labels 0 .. num_classes - 1.
         lsblock: Keep the local block before every scan.
         stage_repeats: Blocks per backbone stage before the size's depth multiplier.
+        width: Multiplier of all widths instead of the size's (0.25, 0.5, 0.75); channels are rounded up to eights.
         init: Initial scan constants: ``official`` as the released code, ``vmamba`` as Mamba and VMamba.
         mixer: What mixes the pixels, see ``vision_ssm.mixers2d``.
         mixer_pattern: Where attention stands among the blocks of a backbone stage, see ``vision_ssm.mixer_config``;
@@ -141,7 +143,8 @@ class MambaYOLO(nn.Module):
         smr: Option of scans, see there.
 
     Raises:
-        UserError: Unknown size or mixer, fewer than one class, not four positive repeats, or options that do not fit.
+        UserError: Unknown size or mixer, fewer than one class, not four positive repeats, a width out of range, or
+            options that do not fit.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class MambaYOLO(nn.Module):
         *,
         lsblock: bool = True,
         stage_repeats: Sequence[int] = STAGE_REPEATS,
+        width: float | None = None,
         init: Init = "official",
         mixer: MixerName = "s6",
         mixer_pattern: MapPattern = "same",
@@ -164,12 +168,15 @@ class MambaYOLO(nn.Module):
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
         if len(stage_repeats) != len(STAGE_CHANNELS) or min(stage_repeats) < 1:
             raise UserError(f"stage_repeats must be four positive numbers such as 3,3,9,3; got {tuple(stage_repeats)}")
+        if width is not None and not 0 < width <= MOST_WIDTH:
+            raise UserError(f"width must be above 0 and at most {MOST_WIDTH}, got {width}")
         self.num_classes = num_classes
         self.config: dict[str, Any] = {
             "size": size,
             "num_classes": num_classes,
             "lsblock": lsblock,
             "stage_repeats": tuple(stage_repeats),
+            "width": width,
             "init": init,
             "mixer": mixer,
             "mixer_pattern": mixer_pattern,
@@ -178,7 +185,7 @@ class MambaYOLO(nn.Module):
         }
         """Arguments that build this model again: ``MambaYOLO(**model.config)``."""
         stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr), maps=True)
-        scale = SCALES[size]
+        scale = SCALES[size] if width is None else replace(SCALES[size], width=width)
         widths = [scale.channels(c) for c in STAGE_CHANNELS]
         repeats = [scale.repeats(n) for n in stage_repeats]
         self.backbone = Backbone(widths, repeats, lsblock=lsblock, init=init, stack=stack)

@@ -171,6 +171,20 @@ def test_initialisation() -> None:
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.03)}
 
 
+def weights_of(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_a_width_of_its_own_is_rebuilt_from_the_config() -> None:
+    narrow = MambaYOLO("b", 3, width=0.25)
+    assert weights_of(narrow) == weights_of(MambaYOLO("t", 3))  # b is t at twice the width
+    again = MambaYOLO(**MambaYOLO("t", 3, width=0.13).config)
+    assert again.head.state_dict().keys() == narrow.head.state_dict().keys()
+    assert again.config["width"] == 0.13
+    assert again.backbone.stem.state_dict().keys() == narrow.backbone.stem.state_dict().keys()
+    assert weights_of(again) < weights_of(narrow) / 2
+
+
 def test_bad_arguments_say_what_is_allowed(small: MambaYOLO) -> None:
     with pytest.raises(UserError, match="sizes t, b, l; got 'x'"):
         MambaYOLO("x")  # pyright: ignore[reportArgumentType]
@@ -178,6 +192,9 @@ def test_bad_arguments_say_what_is_allowed(small: MambaYOLO) -> None:
         MambaYOLO("t", 0)
     with pytest.raises(UserError, match="four positive numbers"):
         MambaYOLO("t", stage_repeats=(3, 3, 9))
+    for width in (0, 5.0):
+        with pytest.raises(UserError, match=f"width must be above 0 and at most 4, got {width}"):
+            MambaYOLO("t", width=width)
     with pytest.raises(UserError, match="multiples of 32, got 64x70"):
         small(torch.zeros(1, 3, 64, 70))
     with pytest.raises(UserError, match=r"\(batch, 3, height, width\), got \(1, 1, 64, 64\)"):
