@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from detection.model import SCALES, STAGE_CHANNELS, STAGE_REPEATS, Backbone, SizeName
@@ -71,46 +70,6 @@ class MambaYOLOClassifier(MapClassifier):
             for i, (width, reduction) in enumerate(zip(widths, REDUCTIONS, strict=True))
         ]
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The map at stride 32, after the pyramid pooling."""
-        return self._maps(images)[-1]
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps at chosen ones of the strides 4, 8, 16, 32, as timm's feature extractor asks for them.
-
-        Args:
-            x: (B, in_chans, H, W) images.
-            indices: Places in the strides; a number is that many of the last, None all.
-            norm, stop_early: Without effect: there is no last norm, and the whole backbone is run.
-            output_fmt: NCHW, no other.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            The maps, before them the final features as of ``forward_features``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
-        take, _ = feature_take_indices(len(REDUCTIONS), indices)
-        maps = self._maps(x)
-        chosen = [maps[i] for i in take]
-        return chosen if intermediates_only else (maps[-1], chosen)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the classifier; returns the places of the chosen maps."""
-        if prune_head:
-            self.reset_classifier(0, "")
-        return feature_take_indices(len(REDUCTIONS), indices)[0]
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of storing what it did.
 
@@ -128,7 +87,8 @@ class MambaYOLOClassifier(MapClassifier):
         coarse_blocks = r"^backbone\.(?:stages|merges)\.(\d+)"
         return {"stem": r"^backbone\.stem", "blocks": coarse_blocks if coarse else fine}
 
-    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """At strides 4, 8, 16 and 32, the last after the pyramid pooling."""
         height, width = images.shape[-2:]
         if min(height, width) < REDUCTIONS[-1]:
             raise UserError(f"Mamba-YOLO needs images of {REDUCTIONS[-1]} pixels and more, got {height}x{width}")

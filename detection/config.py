@@ -2,12 +2,33 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from detection.data_config import DataConfig
+from vision_ssm.classify.config import Statistics
 from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A network of timm in place of Mamba-YOLO's backbone."""
+
+    weights: str = ""
+    """Checkpoint folder of `vssm classify train` or `vssm distill train`: the network and the weights to start with."""
+    name: str = ""
+    """timm's name of an untrained one, where there is no checkpoint."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of timm.create_model for `name`."""
+    statistics: Statistics = "plain"
+    """What its pixels are normalised by; a checkpoint says so itself."""
+
+    def __post_init__(self) -> None:
+        if self.weights and (self.name or self.options):
+            raise UserError("a backbone has weights, which bring their network, or a name (with options), not both")
+        if self.options and not self.name:
+            raise UserError("backbone options belong to a name of timm's")
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,8 @@ class ModelConfig:
     """States of decay 1 and of decay 0 beside the learned ones, such as [1, 1] (of s6 and ssd; s4d has [1, 0])."""
     smr: int = 0
     """Taps of the memory that is replayed into a scan's input; 0 for none. Experimental."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Another backbone than Mamba-YOLO's."""
 
     def __post_init__(self) -> None:
         MixerStack(

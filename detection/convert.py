@@ -144,6 +144,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "mixer_pattern": "same",
         "polar": (0, 0),
         "smr": 0,
+        "backbone": {},
     }
 
 

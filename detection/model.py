@@ -6,7 +6,7 @@ stage repeats 3, 3, 9, 3; the paper's later version has no local block and repea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from detection.blocks import SPPF, ConvNormAct, ODSSBlock, SimpleStem, VisionClueMerge
 from detection.head import STRIDES, DetectionHead
+from detection.timm_backbone import TimmBackbone
 from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.scan_parameters import Init
@@ -141,6 +142,8 @@ class MambaYOLO(nn.Module):
             last_half_attention changes the last two stages alone (MambaVision).
         polar: Option of scans, see ``vision_ssm.mixer_config``.
         smr: Option of scans, see there.
+        backbone: Name, options and statistics of a network of timm in place of the own backbone, as those of
+            ``detection.timm_backbone.TimmBackbone``; what is said of stages above then goes for the neck alone.
 
     Raises:
         UserError: Unknown size or mixer, fewer than one class, not four positive repeats, a width out of range, or
@@ -160,6 +163,7 @@ class MambaYOLO(nn.Module):
         mixer_pattern: MapPattern = "same",
         polar: Sequence[int] = (0, 0),
         smr: int = 0,
+        backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if size not in SCALES:
@@ -182,13 +186,17 @@ class MambaYOLO(nn.Module):
             "mixer_pattern": mixer_pattern,
             "polar": tuple(polar),
             "smr": smr,
+            "backbone": dict(backbone or {}),
         }
         """Arguments that build this model again: ``MambaYOLO(**model.config)``."""
         stack = MixerStack(mixer, mixer_pattern, ScanOptions(polar, smr), maps=True)
         scale = SCALES[size] if width is None else replace(SCALES[size], width=width)
         widths = [scale.channels(c) for c in STAGE_CHANNELS]
         repeats = [scale.repeats(n) for n in stage_repeats]
-        self.backbone = Backbone(widths, repeats, lsblock=lsblock, init=init, stack=stack)
+        if backbone:
+            self.backbone = TimmBackbone(**backbone, widths=widths[1:])
+        else:
+            self.backbone = Backbone(widths, repeats, lsblock=lsblock, init=init, stack=stack)
         self.neck = Neck(widths[1:], scale.repeats(NECK_SCANS), lsblock=lsblock, init=init, stack=stack)
         self.head = DetectionHead(widths[1:], num_classes)
 

@@ -6,6 +6,7 @@ import torch
 
 from detection.head import STRIDES
 from detection.model import MambaYOLO
+from detection.timm_backbone import TimmBackbone
 from vision_ssm.errors import UserError
 from vision_ssm.flops import COUNTING, count_flops
 
@@ -78,7 +79,11 @@ def summarize(model: MambaYOLO, size: int | tuple[int, int] = 640) -> Summary:
 
 def _part_names(model: MambaYOLO) -> list[str]:
     """Stem, stages and merges in their order, pyramid pooling, the neck's blocks, the head."""
-    names = ["backbone.stem", "backbone.stages.0"]
-    for i in range(len(model.backbone.merges)):
-        names += [f"backbone.merges.{i}", f"backbone.stages.{i + 1}"]
-    return [*names, "backbone.sppf", *(f"neck.{name}" for name, _ in model.neck.named_children()), "head"]
+    if isinstance(model.backbone, TimmBackbone):
+        names = ["backbone"]
+    else:
+        names = ["backbone.stem", "backbone.stages.0"]
+        for i in range(len(model.backbone.merges)):
+            names += [f"backbone.merges.{i}", f"backbone.stages.{i + 1}"]
+        names += ["backbone.sppf"]
+    return [*names, *(f"neck.{name}" for name, _ in model.neck.named_children()), "head"]

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from detection.check import unreadable_pictures
-from detection.config import DetectConfig
+from detection.config import BackboneConfig, DetectConfig
 from detection.data import TrainDataset, collate, save_batch_picture, val_loader
 from detection.evaluate import evaluate
 from detection.formats import DetectionSet, load_detection_set
 from detection.loss import DetectionLoss
 from detection.model import MambaYOLO
 from detection.pretrained import starting_weights
-from vision_ssm.checkpoint import load_matching
+from vision_ssm.checkpoint import load_checkpoint, load_matching
+from vision_ssm.classify.model import find_weights
 from vision_ssm.config import from_dict, to_dict
 from vision_ssm.errors import UserError
 from vision_ssm.training import RunInfo, Task, TrainResult, last_run_dir, read_run_config, train
@@ -48,12 +49,13 @@ class DetectionTask(Task):
                 report_findings(dataset)
                 refuse_unreadable(dataset)
         self.criterion = DetectionLoss(len(self.train_set.names))
+        self.backbone, self.backbone_weights = _backbone(config.model.backbone)
 
     def config(self) -> dict[str, Any]:
         """The run's settings, and what a detector needs to know to predict."""
         settings = to_dict(self.settings)
         settings.pop("train")  # the loop adds it
-        settings["model"]["num_classes"] = len(self.train_set.names)
+        settings["model"] |= {"num_classes": len(self.train_set.names), "backbone": self.backbone}
         return settings | {
             "task": "detect",
             "names": list(self.train_set.names),
@@ -64,6 +66,10 @@ class DetectionTask(Task):
     def build(self) -> nn.Module:
         """The network, with the weights it starts from (a resumed run has its own) and its frozen part."""
         model = MambaYOLO(**self.config()["model"])
+        if self.backbone_weights and not self.resumed:
+            report = load_matching(model.get_submodule("backbone.network"), self.backbone_weights)
+            if is_main_process():
+                print(f"backbone from {self.settings.model.backbone.weights}\n{report}")
         if self.settings.weights is not None and not self.resumed:
             report = load_matching(model, starting_weights(self.settings.weights))
             if is_main_process():
@@ -107,6 +113,17 @@ class DetectionTask(Task):
     def first_batch(self, batch: dict[str, Tensor], run_dir: Path) -> None:
         """Save the first batch with its boxes."""
         save_batch_picture(batch, run_dir / "first_batch.jpg", self.train_set.names)
+
+
+def _backbone(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a model is told of a backbone of timm, and the weights that it starts with; both empty without one."""
+    if not config.weights:
+        return {k: v for k, v in to_dict(config).items() if k != "weights"} if config.name else {}, {}
+    folder = find_weights(config.weights)
+    weights, saved = load_checkpoint(folder)
+    if saved.get("task") != "classify":
+        raise UserError(f"{folder} is no classifier; train one with `vssm classify train` or `vssm distill train`")
+    return {**saved["network"], "statistics": saved.get("statistics", "plain")}, weights
 
 
 def report_findings(dataset: DetectionSet, most: int = 5) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 
@@ -40,10 +41,55 @@ class MapClassifier(nn.Module, ABC):
 
     head: ClassifierHead
     num_classes: int
+    feature_info: list[dict[str, Any]]
 
     @abstractmethod
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """One map for each of ``feature_info``."""
+
+    def last(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """What the head reads."""
+        return maps[-1]
+
     def forward_features(self, images: Tensor) -> Tensor:
-        """The last map."""
+        """What the head reads, (B, C, H / 32, W / 32)."""
+        return self.last(self.maps(images))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of chosen stages, as timm's feature extractor asks for them.
+
+        Args:
+            x: (B, in_chans, H, W) images.
+            indices: Places in ``feature_info``; a number is that many of the last, None all.
+            norm, stop_early: Without effect: maps come without a last norm, and the whole network is run.
+            output_fmt: NCHW, no other.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            The maps, before them the final features as of ``forward_features``.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        maps = self.maps(x)
+        chosen = [maps[i] for i in take]
+        return chosen if intermediates_only else (self.last(maps), chosen)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the classifier; returns the places of the chosen maps."""
+        if prune_head:
+            self.reset_classifier(0, "")
+        return feature_take_indices(len(self.feature_info), indices)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what ``forward_features`` gave, or only pool it."""

@@ -138,9 +138,16 @@ class VMamba(MapClassifier):
         ]
         self.apply(_init_weights)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The last map after the last norm, (B, C, H/32, W/32)."""
-        return self.norm(self.stages(self.stem(images)))
+    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """See ``MapClassifier``."""
+        found = [self.stem(images)]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return tuple(found[1:])
+
+    def last(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """The last map after the last norm."""
+        return self.norm(maps[-1])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of storing what it did."""
