@@ -22,6 +22,7 @@ def run(
     strip: int | None = None,
     tile: int | None = None,
     overlap: int | None = None,
+    ensemble: bool = False,
     scratch: Path | None = None,
     format: Literal["png", "tif", "jpg", "webp"] | None = None,
     dry_run: bool = False,
@@ -44,6 +45,7 @@ def run(
         strip: Lines of a strip, to restore in strips whatever the memory.
         tile: Side of independent tiles in pixels: quick, but not the result of the whole picture.
         overlap: Pixels that neighbouring tiles have in common; by default an eighth of a tile.
+        ensemble: Average over the 8 flips and turns of the picture: a little better, 8 times as long.
         scratch: Folder for the temporary files of strips; by default beside the result.
         format: Format of the resulting pictures; by default that of each file.
         dry_run: Only predict method, memory and time of each file.
@@ -53,7 +55,9 @@ def run(
     from vision_ssm.device import parse_size
 
     memory = None if max_memory is None else parse_size(max_memory)
-    route = Route(tile=tile, overlap=overlap, strip=strip, max_memory=memory, precision=precision)
+    route = Route(
+        tile=tile, overlap=overlap, strip=strip, max_memory=memory, precision=precision, ensemble=ensemble
+    )  # fmt: skip
     return run_restore(
         input, output=output, task=task, weights=weights, mask=mask, device=device, route=route, scratch=scratch,
         format=format, dry_run=dry_run,
@@ -82,6 +86,7 @@ def eval(
     channel: Literal["rgb", "y"] | None = None,
     border: int | None = None,
     lpips: Path | None = None,
+    ensemble: bool = False,
     device: str = "auto",
     limit: int | None = None,
     output: Path = Path("runs/restore-eval"),
@@ -97,6 +102,7 @@ def eval(
         channel: rgb or y; by default y for enlarging, else rgb.
         border: Pixels left out at each side; by default the scale for enlarging, else 0.
         lpips: File with torchvision's AlexNet, to measure LPIPS too.
+        ensemble: The networks also averaged over 8 flips and turns (`run --ensemble`), rows with a plus.
         device: auto, cpu or cuda.
         limit: Only so many pictures.
         output: Folder for scores.csv and scores.json.
@@ -105,7 +111,7 @@ def eval(
 
     return run_eval(
         data, task=task, weights=weights, methods=method, degradation=degradation, channel=channel, border=border,
-        lpips=lpips, device=device, limit=limit, output=output,
+        lpips=lpips, ensemble=ensemble, device=device, limit=limit, output=output,
     )  # fmt: skip
 
 

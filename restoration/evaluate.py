@@ -17,7 +17,7 @@ from restoration.degrade import Degradation, degradation_for
 from restoration.folders import Example
 from restoration.metrics import Channel, Lpips, Measure
 from restoration.reading import read_levels, with_name
-from restoration.restorer import PictureRestorer
+from restoration.restorer import PictureRestorer, Route
 from restoration.scoring import Method, Score, by_classic, by_restorer, cases_of, means, score, untouched
 from restoration.tasks import find_task
 from vision_ssm.errors import UserError
@@ -37,6 +37,7 @@ def run_eval(
     channel: Channel | None = None,
     border: int | None = None,
     lpips: Path | None = None,
+    ensemble: bool = False,
     device: str = "auto",
     limit: int | None = None,
     output: Path = Path("runs/restore-eval"),
@@ -53,6 +54,7 @@ def run_eval(
         channel: rgb or y; by default y for enlarging, else rgb.
         border: pixels left out at each side; by default the scale for enlarging, else 0.
         lpips: file with torchvision's AlexNet, to measure LPIPS too.
+        ensemble: the networks also averaged over 8 flips and turns, in rows with a plus.
         device: auto, cpu or cuda; of the networks.
         limit: only so many pictures.
         output: folder for the files.
@@ -69,7 +71,7 @@ def run_eval(
     measure = Measure(
         channel or ("y" if scale > 1 else "rgb"), (scale if scale > 1 else 0) if border is None else border
     )
-    candidates = _candidates(task, weights, methods, device)
+    candidates = _candidates(task, weights, methods, device, ensemble)
     perceptual = None if lpips is None else Lpips(lpips)
     examples = [example for found in load_sets(str(data), split="test", scale=scale) for example in found.examples]
     check_writable(output)
@@ -89,15 +91,19 @@ def run_eval(
     return int(failed > 0)
 
 
-def _candidates(task: str, weights: Sequence[str | Path], methods: Sequence[str], device: str) -> dict[str, Method]:
+def _candidates(
+    task: str, weights: Sequence[str | Path], methods: Sequence[str], device: str, ensemble: bool
+) -> dict[str, Method]:
     chosen: dict[str, Method] = {INPUT: untouched}
     for method in methods:
         check_method(method, task)
         chosen[method] = by_classic(method)  # type: ignore[arg-type]
     for path in weights:
         name = Path(path).name if Path(path).name not in ("best", "last") else Path(path).parent.name
-        restorer = PictureRestorer.from_pretrained(path, task, device=device)
-        chosen[name if name not in chosen else str(path)] = by_restorer(restorer)
+        name = name if name not in chosen else str(path)
+        for plus in ("", "+") if ensemble else ("",):
+            restorer = PictureRestorer.from_pretrained(path, task, device=device, route=Route(ensemble=plus == "+"))
+            chosen[name + plus] = by_restorer(restorer)
     return chosen
 
 
