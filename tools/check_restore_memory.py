@@ -115,7 +115,7 @@ def strip_error(folder: Path, weights: str, device: str) -> float:
 
 
 def in_process(folder: Path, weights: str, limit: str, device: str) -> dict[str, float]:
-    """`restore_watched` in a process of its own; passes on what it says, and ends as it does where something cannot be."""
+    """`restore_watched` in a process of its own; passes on what it says, and its refusals."""
     given = {"watched": str(folder), "weights": weights, "max-memory": limit, "device": device}
     command = [sys.executable, __file__, *(part for name, value in given.items() for part in (f"--{name}", value))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
