@@ -66,12 +66,14 @@ class RestorationTask(Task):
         """The card of the weights, and the run's settings."""
         settings = to_dict(self.settings)
         settings.pop("train")  # the loop adds it
+        trained_on = self.settings.data.about or ", ".join(found.root.name for found in self.train_sets)
+        before = f"; started from {self.settings.weights}" if self.settings.weights is not None else ""
         card = WeightsCard(
             model=self._model_config(),
             task=self.task.name,
             degradation={} if self.train_sets[0].paired else self.degradation.parameters(),
             scale=self.task.scale,
-            trained_on=self.settings.data.about or ", ".join(found.root.name for found in self.train_sets),
+            trained_on=trained_on + before,
             licence=self.settings.data.licence,
             steps=self._plan().steps,
             seed=self.settings.train.seed,
