@@ -10,6 +10,18 @@ from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import MapPattern, MixerName, MixerStack, ScanOptions
 from vision_ssm.training.config import EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
+MOST_WIDTH = 4
+
+
+def check_width(width: float | None) -> None:
+    """Refuse a multiplier of widths that is not positive or far too large.
+
+    Raises:
+        UserError: It is; None is the size's own.
+    """
+    if width is not None and not 0 < width <= MOST_WIDTH:
+        raise UserError(f"width must be above 0 and at most {MOST_WIDTH}, got {width}")
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -57,6 +69,7 @@ class ModelConfig:
     """Another backbone than Mamba-YOLO's."""
 
     def __post_init__(self) -> None:
+        check_width(self.width)
         MixerStack(
             self.mixer, self.mixer_pattern, ScanOptions(self.polar, self.smr), maps=True
         )  # refuses what cannot be

@@ -17,6 +17,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from detection.blocks import SPPF, ConvNormAct, ODSSBlock, SimpleStem, VisionClueMerge
+from detection.config import check_width
 from detection.head import STRIDES, DetectionHead
 from detection.timm_backbone import TimmBackbone
 from vision_ssm.errors import UserError
@@ -47,7 +48,6 @@ SCALES: dict[str, Scale] = {"t": Scale(0.33, 0.25, 1024), "b": Scale(0.33, 0.50,
 STAGE_CHANNELS = (128, 256, 512, 1024)
 STAGE_REPEATS = (3, 3, 9, 3)
 NECK_SCANS = 3
-MOST_WIDTH = 4
 
 
 class Backbone(nn.Module):
@@ -172,8 +172,7 @@ class MambaYOLO(nn.Module):
             raise UserError(f"num_classes must be at least 1, got {num_classes}")
         if len(stage_repeats) != len(STAGE_CHANNELS) or min(stage_repeats) < 1:
             raise UserError(f"stage_repeats must be four positive numbers such as 3,3,9,3; got {tuple(stage_repeats)}")
-        if width is not None and not 0 < width <= MOST_WIDTH:
-            raise UserError(f"width must be above 0 and at most {MOST_WIDTH}, got {width}")
+        check_width(width)
         self.num_classes = num_classes
         self.config: dict[str, Any] = {
             "size": size,

@@ -137,7 +137,7 @@ class RestoreConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=_recipe)
     weights: Path | None = None
-    """Start from these weights (a checkpoint folder or .safetensors): taken by name and shape."""
+    """Start from these weights (a checkpoint folder, .safetensors or shipped name): taken by name and shape."""
 
     def __post_init__(self) -> None:
         find_task(self.task)

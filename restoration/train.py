@@ -20,6 +20,7 @@ from restoration.loss import RestorationLoss
 from restoration.metrics import Measure
 from restoration.model import Serpent
 from restoration.networks import model_config
+from restoration.pretrained import resolve_weights
 from restoration.reading import PictureStore
 from restoration.scoring import GIVEN, Case, Score, by_network, cases_of, score, untouched
 from restoration.tasks import find_task
@@ -43,7 +44,8 @@ class RestorationTask(Task):
 
     def __init__(self, config: RestoreConfig, *, resumed: bool = False) -> None:
         data = config.data
-        self.settings, self.resumed = config, resumed
+        self.settings = config
+        self.start = resolve_weights(config.weights) if config.weights is not None and not resumed else None
         self.task = find_task(config.task)
         self.degradation = degradation_for(config.task, config.degradation)
         self.train_sets = load_sets(data.train, split="train", scale=self.task.scale)
@@ -64,12 +66,14 @@ class RestorationTask(Task):
         """The card of the weights, and the run's settings."""
         settings = to_dict(self.settings)
         settings.pop("train")  # the loop adds it
+        trained_on = self.settings.data.about or ", ".join(found.root.name for found in self.train_sets)
+        before = f"; started from {self.settings.weights}" if self.settings.weights is not None else ""
         card = WeightsCard(
             model=self._model_config(),
             task=self.task.name,
             degradation={} if self.train_sets[0].paired else self.degradation.parameters(),
             scale=self.task.scale,
-            trained_on=self.settings.data.about or ", ".join(found.root.name for found in self.train_sets),
+            trained_on=trained_on + before,
             licence=self.settings.data.licence,
             steps=self._plan().steps,
             seed=self.settings.train.seed,
@@ -80,9 +84,8 @@ class RestorationTask(Task):
         """The network, with the weights it starts from (a resumed run has its own)."""
         model = self._network()
         checkpoint_blocks(model, self.settings.model.recompute)
-        if self.settings.weights is not None and not self.resumed:
-            weights, _ = load_checkpoint(self.settings.weights)
-            report = load_matching(model, weights)
+        if self.start is not None:
+            report = load_matching(model, load_checkpoint(self.start)[0])
             if is_main_process():
                 print(f"starting from {self.settings.weights}\n{report}")
         return model.to(memory_format=torch.channels_last)

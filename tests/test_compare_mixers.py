@@ -54,3 +54,30 @@ def test_a_run_is_told_and_goes_into_the_table(tool, tmp_path, monkeypatch, caps
     assert row.startswith("s6")
     assert f"{report['parameters']:,}" in row
     assert f"{report['scores']['psnr']:.4g}" in row
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "train.optim.lr=0.01"])
+    assert tool.main() == 2, "the run that is there has other settings"
+    assert "restore_s6_0 has other settings (train)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("data.train",), "settings are key=value, got 'data.train'"),
+        (("--side", "0"), "--side must be a multiple of 32, got 0"),
+    ],
+)
+def test_what_cannot_be_is_told_before_training(tool, monkeypatch, capsys, arguments, part):
+    command = ["restore", "--config", "restoration/denoise", "--mixer", "s6"]
+    monkeypatch.setattr(sys, "argv", ["compare_mixers", *command, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"task": "restore"}', '{"task": "detect", "scores": {"psnr": 1}}'])
+def test_damaged_reports_are_named(tool, tmp_path, text):
+    with pytest.raises(UserError, match="no reports in"):
+        tool.show(tmp_path)
+    (tmp_path / "restore_s6_0.json").write_text(text)
+    with pytest.raises(UserError, match=r"restore_s6_0\.json is no report, or damaged"):
+        tool.show(tmp_path)

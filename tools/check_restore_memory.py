@@ -7,7 +7,7 @@ Makes a picture and, unless some are given, random weights. Restores the picture
 is watched (on the CPU the resident memory of the process, on a GPU what torch allocates there), and compares a small
 picture, restored whole, with its result in strips. With --whole it also restores the large picture at once and
 compares the estimate with what that took. Exit code 1 when the process took more than was allowed after it had loaded
-the network, the results differ by more than 1e-5, or the estimate is below what was taken.
+the network, the results differ by more than 1e-5, or the estimate is below what was taken; 2 when it cannot be tried.
 """
 
 import argparse
@@ -32,9 +32,11 @@ from restoration.picture_writer import write_picture
 from restoration.pretrained import save_weights
 from restoration.restorer import PictureRestorer, Route
 from vision_ssm.device import parse_size
+from vision_ssm.errors import UserError
 
 EXACT = 1e-5
 SMALL = (255, 258)
+REFUSED = 2
 
 
 def make_weights(folder: Path, variant: str) -> None:
@@ -113,10 +115,14 @@ def strip_error(folder: Path, weights: str, device: str) -> float:
 
 
 def in_process(folder: Path, weights: str, limit: str, device: str) -> dict[str, float]:
-    """`restore_watched` in a process of its own; passes on what it says."""
+    """`restore_watched` in a process of its own; passes on what it says, and its refusals."""
     given = {"watched": str(folder), "weights": weights, "max-memory": limit, "device": device}
     command = [sys.executable, __file__, *(part for name, value in given.items() for part in (f"--{name}", value))]
-    *messages, last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == REFUSED:
+        sys.exit(REFUSED)
+    done.check_returncode()
+    *messages, last = done.stdout.splitlines()
     print(*messages, sep="\n")
     return json.loads(last)
 
@@ -154,6 +160,17 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--watched", type=Path, help=argparse.SUPPRESS)  # the folder, in the process that is watched
     given = parser.parse_args()
+    if min(given.width, given.height) < 1:
+        parser.error("--width and --height are pixels, 1 or more")
+    try:
+        return run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def run(given: argparse.Namespace) -> int:
+    """Restore and compare, or be the process that is watched."""
     if given.watched is not None:
         print(json.dumps(restore_watched(given.watched, given.weights, given.max_memory, given.device)))
         return 0

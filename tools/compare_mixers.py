@@ -30,10 +30,11 @@ from restoration.model import Serpent
 from restoration.train import RestorationTask
 from vision_ssm.bench.measure import Stopwatch
 from vision_ssm.checkpoint import load_checkpoint, load_matching
-from vision_ssm.config import load_config
+from vision_ssm.config import load_config, to_dict
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
-from vision_ssm.training import Task, train
+from vision_ssm.training import Task, read_run_config, train
+from vision_ssm.training.config import TrainConfig
 
 MIXERS = {
     "s6": {"mixer": "s6"},
@@ -48,6 +49,8 @@ SCORES = {"detect": ("AP", "AP50"), "restore": ("psnr", "ssim")}
 WIDTHS: dict[str, Iterable[float]] = {"detect": [i / 128 for i in range(16, 97)], "restore": range(8, 129, 2)}
 NEAR = 0.06
 """Largest difference of the numbers of parameters."""
+SIDE = 32
+"""Sides of pictures that detectors take are multiples of it."""
 
 
 def network(task: str, config: Any) -> nn.Module:
@@ -88,13 +91,16 @@ def matched(task: str, config: Any, mixer: str) -> Any:
 def compare(options: argparse.Namespace) -> None:
     """Train and time one network, write its report."""
     run = options.out / f"{options.task}_{options.mixer}_{options.seed}"
-    changes = dict(change.partition("=")[::2] for change in options.changes)
+    changes = dict(change.split("=", 1) for change in options.changes)
     config = load_config(CONFIGS[options.task], options.config, changes)
     config = matched(options.task, config, options.mixer)
     config = replace(config, train=replace(config.train, run_dir=str(run), seed=options.seed))
     task: Task = DetectionTask(config) if options.task == "detect" else RestorationTask(config)
+    resume = run if (run / "last").is_dir() else None
+    if resume is not None:
+        refuse_others(run, task, config.train)
     try:
-        train(task, config.train, resume=run if (run / "last").is_dir() else None)
+        train(task, config.train, resume=resume)
     except UserError as error:
         if "is finished" not in str(error):
             raise
@@ -120,6 +126,17 @@ def compare(options: argparse.Namespace) -> None:
     run.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+def refuse_others(run: Path, task: Task, config: TrainConfig) -> None:
+    """A run only goes on with the settings that it began with: its report tells of them.
+
+    Raises:
+        UserError: They differ.
+    """
+    was, now = read_run_config(run), json.loads(json.dumps({**task.config(), "train": to_dict(config)}))
+    if changed := [name for name in now if was.get(name) != now[name]]:
+        raise UserError(f"{run} has other settings ({', '.join(changed)}): give another --out, or remove that run")
+
+
 def milliseconds(model: nn.Module, side: int, precision: str) -> float:
     """Median time of a picture with the queue of a GPU kept full."""
     device = choose_device()
@@ -133,9 +150,30 @@ def milliseconds(model: nn.Module, side: int, precision: str) -> float:
     return Stopwatch(device, 10).measure(once).full.median
 
 
+def read_report(file: Path) -> dict[str, Any]:
+    """What `compare` wrote.
+
+    Raises:
+        UserError: Something else, or damaged.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if not set(report["scores"]) >= set(SCORES[report["task"]]) or report["mixer"] not in MIXERS:
+            raise ValueError("not a report of this tool")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no report, or damaged ({error}): remove it, and give its command again") from None
+    return report
+
+
 def show(folder: Path) -> None:
-    """Print a table for each task of the folder: means over seeds, and how far the seeds differ."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*_*_*.json"))]
+    """Print a table for each task of the folder: means over seeds, and how far the seeds differ.
+
+    Raises:
+        UserError: No reports there, or a damaged one.
+    """
+    reports = [read_report(file) for file in sorted(folder.glob("*_*_*.json"))]
+    if not reports:
+        raise UserError(f"no reports in {folder}: train something first (--help)")
     for task, names in SCORES.items():
         rows = {m: [r for r in reports if (r["task"], r["mixer"]) == (task, m)] for m in MIXERS}
         if not any(rows.values()):
@@ -167,6 +205,10 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if options.task and not (options.config and options.mixer):
         parser.error("a task needs --config and --mixer")
+    if bare := [change for change in options.changes if "=" not in change]:
+        parser.error(f"settings are key=value, got {bare[0]!r}")
+    if options.side < SIDE or options.side % SIDE:
+        parser.error(f"--side must be a multiple of {SIDE}, got {options.side}")
     try:
         if options.task:
             compare(options)

@@ -183,6 +183,12 @@ def test_train_looks_at_every_picture_before_it_begins(capsys, data: Path, tmp_p
     assert "is 32x32 pixels, its annotation says 64x48" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("width", ["0", "-1", "1e9"])
+def test_train_looks_at_the_width_before_the_data(capsys, tmp_path: Path, width: str) -> None:
+    said = _refused(capsys, "train", "--data.path", tmp_path / "none", "--model.width", width)
+    assert "width must be above 0 and at most 4" in said
+
+
 def test_freeze_needs_weights(capsys, data: Path) -> None:
     message = _refused(capsys, "train", f"--data.path={data}", *TRAIN, "--freeze=backbone")
     assert "freeze backbone without weights" in message

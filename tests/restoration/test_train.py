@@ -146,6 +146,17 @@ def test_starting_from_weights(folders, tmp_path, capsys):
     assert "starting from" in capsys.readouterr().out
 
 
+def test_starting_from_shipped_weights(folders, tmp_path, capsys):
+    config = settings(folders, tmp_path / "run", model={"variant": "base", "width": 40, "depths": None, "detail": 2})
+    task = RestorationTask(replace(config, weights=Path("serpent_denoise")))
+    task.build()
+    assert task.config()["trained_on"] == "train; started from serpent_denoise"
+    assert "starting from serpent_denoise\n242 of 242" in capsys.readouterr().out
+    with pytest.raises(UserError, match="did you mean 'serpent_denoise'"):
+        RestorationTask(replace(config, weights=Path("serpent_denois")))
+    RestorationTask(replace(config, weights=Path("serpent_denois")), resumed=True)  # which may be gone by then
+
+
 def test_pictures_of_both_sides_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="3 pictures are for training and for scoring"):
         RestorationTask(settings((folders[0], folders[0]), tmp_path / "run"))
