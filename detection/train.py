@@ -49,7 +49,7 @@ class DetectionTask(Task):
                 report_findings(dataset)
                 refuse_unreadable(dataset)
         self.criterion = DetectionLoss(len(self.train_set.names))
-        self.backbone, self.backbone_weights = _backbone(config.model.backbone)
+        self.backbone, self.backbone_weights = backbone_of(config.model.backbone)
 
     def config(self) -> dict[str, Any]:
         """The run's settings, and what a detector needs to know to predict."""
@@ -115,7 +115,7 @@ class DetectionTask(Task):
         save_batch_picture(batch, run_dir / "first_batch.jpg", self.train_set.names)
 
 
-def _backbone(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def backbone_of(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a model is told of a backbone of timm, and the weights that it starts with; both empty without one."""
     if not config.weights:
         return {k: v for k, v in to_dict(config).items() if k != "weights"} if config.name else {}, {}

@@ -24,7 +24,7 @@ from torch import nn
 
 from detection.config import DetectConfig
 from detection.model import MambaYOLO
-from detection.train import DetectionTask
+from detection.train import DetectionTask, backbone_of
 from restoration.config import RestoreConfig
 from restoration.model import Serpent
 from restoration.train import RestorationTask
@@ -58,7 +58,7 @@ def network(task: str, config: Any) -> nn.Module:
     options = {name: getattr(config.model, name) for name in type(config.model).__dataclass_fields__}
     with torch.device("meta"):
         if task == "detect":
-            return MambaYOLO(**options)
+            return MambaYOLO(**options | {"backbone": backbone_of(config.model.backbone)[0]})
         options.pop("recompute")
         return Serpent(**options)
 

@@ -21,6 +21,8 @@ _BUDGET = {"cuda": 100_000_000, "cpu": 4_000_000}
 _CHEAPER = 100
 """So many times more state-steps of SSD, which are products of matrices, take the same time. It needs them: A has one
 gradient a head, a sum of random signs, and in some heads that happens to be small beside its rounding."""
+_MOST = 20.0
+"""So many times may a bound grow where sequences cancel: a sum that is nothing beside its parts tells nothing."""
 _FORMS = 1e-10
 """Largest difference between the two float64 forms (relative RMS)."""
 _SMALL: tuple[Workload, ...] = (
@@ -160,7 +162,7 @@ def _float64(workload: Workload, t: Tensors, followed: _Followed, grad: Tensor) 
         parts, (batch, _) = [single[name] for single in singles], _axes(workload, name)
         want[name] = torch.cat(parts, batch) if batch is not None else torch.stack(parts).sum(0)
         apart = torch.stack([part.norm() for part in parts]).norm()
-        cancels[name] = 1.0 if batch is not None else max(1.0, (apart / want[name].norm()).item())
+        cancels[name] = 1.0 if batch is not None else min(max(1.0, (apart / want[name].norm()).item()), _MOST)
     return want, cancels
 
 
