@@ -37,10 +37,10 @@ class BackboneConfig:
     """What its pixels are normalised by; a checkpoint says so itself."""
 
     def __post_init__(self) -> None:
-        if self.weights and (self.name or self.options):
+        if self.weights and self.name:
             raise UserError("a backbone has weights, which bring their network, or a name (with options), not both")
-        if self.options and not self.name:
-            raise UserError("backbone options belong to a name of timm's")
+        if not self.name and (self.options or self.statistics != "plain"):
+            raise UserError("backbone options and statistics belong to a name of timm's; weights bring their own")
 
 
 @dataclass(frozen=True)

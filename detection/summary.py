@@ -78,7 +78,7 @@ def summarize(model: MambaYOLO, size: int | tuple[int, int] = 640) -> Summary:
 
 
 def _part_names(model: MambaYOLO) -> list[str]:
-    """Stem, stages and merges in their order, pyramid pooling, the neck's blocks, the head."""
+    """Stem, stages and merges in their order and pyramid pooling, or one of timm's; the neck's blocks, the head."""
     if isinstance(model.backbone, TimmBackbone):
         names = ["backbone"]
     else:

@@ -27,10 +27,10 @@ def tool():
 def test_equal_numbers_of_parameters(tool, task, monkeypatch):
     config, widths = (DetectConfig(), (0.25, 0.28)) if task == "detect" else (RestoreConfig(), (54, 60))
     monkeypatch.setitem(tool.WIDTHS, task, [w for w in tool.WIDTHS[task] if widths[0] <= w <= widths[1]])
-    wanted = tool.count(tool.network(task, config))
+    wanted = tool.parameters(tool.network(task, config))
     other = tool.matched(task, config, "gated_conv")
     assert (other.model.mixer, other.model.mixer_pattern) == ("gated_conv", "same")
-    assert tool.count(tool.network(task, other)) == pytest.approx(wanted, rel=tool.NEAR)
+    assert tool.parameters(tool.network(task, other)) == pytest.approx(wanted, rel=tool.NEAR)
     monkeypatch.setitem(tool.WIDTHS, task, [tool.WIDTHS[task][0]])
     with pytest.raises(UserError, match="no width gives a network of gated_conv about"):
         tool.matched(task, DetectConfig(ModelConfig(size="b")) if task == "detect" else config, "gated_conv")

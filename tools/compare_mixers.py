@@ -25,6 +25,7 @@ from torch import nn
 from detection.config import DetectConfig
 from detection.model import MambaYOLO
 from detection.train import DetectionTask, backbone_of
+from restoration.bench_networks import parameters
 from restoration.config import RestoreConfig
 from restoration.model import Serpent
 from restoration.train import RestorationTask
@@ -63,23 +64,18 @@ def network(task: str, config: Any) -> nn.Module:
         return Serpent(**options)
 
 
-def count(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def matched(task: str, config: Any, mixer: str) -> Any:
     """The configuration with another mixer, as wide as has the nearest number of parameters.
 
     Raises:
         UserError: No width comes near enough.
     """
-    wanted = count(network(task, config))
+    wanted = parameters(network(task, config))
     found = {}
     for width in WIDTHS[task]:
         candidate = replace(config, model=replace(config.model, width=width, **MIXERS[mixer]))
         try:
-            found[count(network(task, candidate))] = candidate
+            found[parameters(network(task, candidate))] = candidate
         except UserError:  # ssd and nc_ssd do not take every width
             continue
     nearest = min(found, key=lambda n: abs(n - wanted), default=0)
@@ -115,7 +111,7 @@ def compare(options: argparse.Namespace) -> None:
         "recipe": options.config,
         "changes": changes,
         "width": config.model.width,
-        "parameters": count(model),
+        "parameters": parameters(model),
         "steps": int(history[-1]["step"]),
         "scores": {name: float(history[-1][f"val/{name}"]) for name in SCORES[options.task]},
         "train_images_per_s": fmean(float(row["images_per_s"]) for row in history),

@@ -75,8 +75,9 @@ def test_what_cannot_be_a_backbone_is_refused(given, said):
 def test_bad_settings():
     with pytest.raises(UserError, match="not both"):
         BackboneConfig(weights="a", name="resnet10t")
-    with pytest.raises(UserError, match="options belong to a name"):
-        BackboneConfig(options={"depth": 2})
+    for alone in ({"options": {"depth": 2}}, {"weights": "a", "options": {"depth": 2}}, {"statistics": "imagenet"}):
+        with pytest.raises(UserError, match="options and statistics belong to a name"):
+            BackboneConfig(**alone)
 
 
 def test_a_distilled_student_starts_a_detector_that_goes_on_and_predicts(tmp_path: Path, capsys):
