@@ -147,11 +147,11 @@ def test_starting_from_weights(folders, tmp_path, capsys):
 
 
 def test_starting_from_shipped_weights(folders, tmp_path, capsys):
-    config = settings(folders, tmp_path / "run", model={"variant": "base", "width": 40, "depths": None, "detail": 2})
+    config = settings(folders, tmp_path / "run", model={"variant": "base", "width": 40, "depths": None, "detail": 8})
     task = RestorationTask(replace(config, weights=Path("serpent_denoise")))
     task.build()
     assert task.config()["trained_on"] == "train; started from serpent_denoise"
-    assert "starting from serpent_denoise\n242 of 242" in capsys.readouterr().out
+    assert "starting from serpent_denoise\n290 of 290" in capsys.readouterr().out
     with pytest.raises(UserError, match="did you mean 'serpent_denoise'"):
         RestorationTask(replace(config, weights=Path("serpent_denois")))
     RestorationTask(replace(config, weights=Path("serpent_denois")), resumed=True)  # which may be gone by then
