@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vision_ssm.checkpoint import load_checkpoint
 from vision_ssm.errors import UserError
 from vision_ssm.training import OptimConfig, RunInfo, ScheduleConfig, TrainResult, last_run_dir, read_run_config, train
 from vision_ssm.training.batches import SampleKey, seed_everything
+from vision_ssm.training.compiled import compile_network
 from vision_ssm.training.environment import make_accelerator, out_of_memory_message
 
 ROOT = Path(__file__).parents[2]
@@ -421,3 +423,43 @@ def test_out_of_memory_on_a_gpu(tmp_path):
     task.loss = lambda model, batch: {"loss": torch.empty(2**44, device="cuda").sum()}  # type: ignore[method-assign]
     with pytest.raises(UserError, match="out of GPU memory with batch_size 4"):
         train(task, tiny_config(tmp_path / "run", device="cuda"))
+
+
+class Deep(TinyTask):
+    """TinyTask's pictures, and a network that repeats a block."""
+
+    def build(self) -> nn.Module:
+        blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.SiLU()) for _ in range(3)]
+        return nn.Sequential(nn.Sequential(*blocks), super().build())
+
+
+def compile_by(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture and split as torch.compile does, but without a compiler for the code, which this machine may lack."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    torch.compiler.reset()
+
+
+def test_compiled_blocks_train_as_others_do(tmp_path, monkeypatch):
+    compile_by("aot_eager", monkeypatch)
+    network = Deep().build()
+    assert compile_network(network) == 3
+    assert [module.__class__.__name__ for module in network.modules() if module._compiled_call_impl] == [
+        "Sequential"
+    ] * 3
+    assert compile_network(nn.Linear(1, 1)) == 1  # nothing repeats: all of it
+    want, got = (
+        train(Deep(), tiny_config(tmp_path / str(compiled), device="cpu", compile=compiled))
+        for compiled in (False, True)
+    )
+    for folder in ("last", "best"):
+        weights, wanted = load_checkpoint(got.run_dir / folder)[0], load_checkpoint(want.run_dir / folder)[0]
+        torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_that_does_not_compile_is_one_message(tmp_path, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise ValueError("no such compiler")
+
+    compile_by(broken, monkeypatch)
+    with pytest.raises(UserError, match=r"cannot be compiled \(no such compiler\); train without --train.compile"):
+        train(Deep(), tiny_config(tmp_path / "run", device="cpu", compile=True))

@@ -12,11 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from vision_ssm.config import to_dict
 from vision_ssm.errors import UserError
 from vision_ssm.training import runs
 from vision_ssm.training.batches import BatchStream, iterate_batches, load_batch, seed_everything
+from vision_ssm.training.compiled import compile_network
 from vision_ssm.training.config import TrainConfig
 from vision_ssm.training.ema import Ema, PowerEma
 from vision_ssm.training.environment import lost_peer, make_accelerator, out_of_memory_message, train_mode
@@ -73,6 +75,9 @@ def train(task: Task, config: TrainConfig, *, resume: Path | None = None) -> Tra
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_message(config, accelerator)) from None
     except RuntimeError as error:
+        if isinstance(error, TorchDynamoException):
+            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+            raise UserError(f"the network cannot be compiled ({reason}); train without --train.compile") from None
         if accelerator.num_processes == 1 or not lost_peer(error):
             raise
         raise UserError("stopped, because another process of this run has ended: its message says why") from None
@@ -105,6 +110,8 @@ class _Trainer:
         self.model = accelerator.prepare_model(self.raw)
         accelerator.prepare_model(self.ema.module, evaluation_mode=True)
         train_mode(self.model)
+        if config.compile:  # the averages, which are evaluated, stay as they are
+            compile_network(self.raw)
         self.graphs = self._graphs()
         self.guard = NonFiniteGuard(self.device)
         self.meter = Meter()
