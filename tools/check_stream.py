@@ -31,7 +31,8 @@ from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.viz import save_picture
 
-WINDOW = 16
+WINDOW, SETTLED = 16, 64
+"""Frames that are measured together, and those before the late ones."""
 WARM = 4
 """First frames, whose time is not counted: kernels are compiled then."""
 
@@ -76,6 +77,8 @@ def main() -> int:
 
 def check(options: argparse.Namespace) -> int:
     """The report, its file and the verdict."""
+    if options.frames < SETTLED + WINDOW:
+        raise UserError(f"--frames must be {SETTLED + WINDOW} or more, got {options.frames}: late ones are after {SETTLED}")
     pipeline, device = load_generator(options.weights), choose_device(options.device)
     if not isinstance(pipeline, VideoDiMPipeline):
         raise UserError(f"{options.weights} makes pictures, no videos")
@@ -95,7 +98,7 @@ def check(options: argparse.Namespace) -> int:
     clips = [np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy()) for clip in samples]
     part = max(1, (options.frames - WARM) // 10)
     report = {
-        **stream_scores(clips, real, window=WINDOW),
+        **stream_scores(clips, real, window=WINDOW, settled=SETTLED),
         "first_seconds_per_frame": statistics.median(seconds[WARM : WARM + part]),
         "last_seconds_per_frame": statistics.median(seconds[-part:]),
         "first_memory": sizes[WARM],
