@@ -78,7 +78,7 @@ def main() -> int:
 def check(options: argparse.Namespace) -> int:
     """The report, its file and the verdict."""
     if options.frames < SETTLED + WINDOW:
-        raise UserError(f"--frames must be {SETTLED + WINDOW} or more, got {options.frames}: late ones are after {SETTLED}")
+        raise UserError(f"--frames must be {SETTLED + WINDOW} or more, got {options.frames}: late is after {SETTLED}")
     pipeline, device = load_generator(options.weights), choose_device(options.device)
     if not isinstance(pipeline, VideoDiMPipeline):
         raise UserError(f"{options.weights} makes pictures, no videos")
