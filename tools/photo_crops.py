@@ -26,7 +26,7 @@ SMALLEST = 64
 def shrunk(picture: Image.Image, longest: int) -> Image.Image:
     """A picture at half its size or less, antialiased, its longer side at most ``longest`` pixels."""
     factor = min(0.5, longest / max(picture.size))
-    width, height = (round(side * factor) for side in picture.size)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -37,7 +37,7 @@ def detail(pixels: np.ndarray) -> float:
 
 
 def crops(picture: Image.Image, side: int, least: float) -> dict[str, np.ndarray]:
-    """Squares (or the whole, if it is smaller) of at least so much detail, by the name of their corner."""
+    """Squares of at least so much detail (a shorter side stays as it is), by the name of their corner."""
     pixels = np.asarray(picture)
     height, width = pixels.shape[:2]
     tops, lefts = range(0, max(1, height - side + 1), side), range(0, max(1, width - side + 1), side)

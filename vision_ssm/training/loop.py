@@ -74,10 +74,10 @@ def train(task: Task, config: TrainConfig, *, resume: Path | None = None) -> Tra
             result = trainer.run()
     except torch.OutOfMemoryError:
         raise UserError(out_of_memory_message(config, accelerator)) from None
+    except TorchDynamoException as error:
+        reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+        raise UserError(f"the network cannot be compiled ({reason}); train without --train.compile") from None
     except RuntimeError as error:
-        if isinstance(error, TorchDynamoException):
-            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
-            raise UserError(f"the network cannot be compiled ({reason}); train without --train.compile") from None
         if accelerator.num_processes == 1 or not lost_peer(error):
             raise
         raise UserError("stopped, because another process of this run has ended: its message says why") from None
