@@ -127,6 +127,19 @@ def test_a_killed_and_resumed_run_is_the_same_run(tmp_path, whole_run):
     assert task.seen_first == 0
 
 
+@pytest.mark.parametrize(("fails_at", "saved"), [(8, None), (14, 6)])
+def test_epochs_between_two_checkpoints(tmp_path, fails_at, saved):
+    def fail(images: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    task = TinyTask()
+    task.actions[fails_at] = fail  # a batch of the second or of the third epoch, of 6 batches in 3 steps each
+    with pytest.raises(ZeroDivisionError):
+        train(task, tiny_config(tmp_path / "run", save_epochs=2, val_every=3))
+    last = tmp_path / "run" / "last"
+    assert (read_run_config(tmp_path / "run")["trained"]["step"] if last.exists() else None) == saved
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_told_to_stop_saves_and_goes_on_later(tmp_path, whole_run, number, code):
     task, before = TinyTask(), signal.getsignal(signal.SIGINT)  # ignored where a shell started the tests with "&"

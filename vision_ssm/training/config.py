@@ -109,7 +109,10 @@ class TrainConfig:
     val_every: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
     save_every: int | None = None
-    """Steps between two checkpoints within an epoch; every epoch ends with one in any case."""
+    """Steps between two checkpoints within an epoch."""
+    save_epochs: int = 1
+    """Epochs between two checkpoints at the end of one: more where an epoch takes a second. Evaluated epochs, and
+    one at which the run ends or is stopped, are saved in any case."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -120,7 +123,16 @@ class TrainConfig:
                 "neither" if self.epochs is None else f"epochs={self.epochs} and steps={self.steps}: set one to null"
             )
             raise UserError(f"give the length of the run either in epochs or in steps, got {given}")
-        for name in ("epochs", "steps", "nominal_batch", "patience", "save_every", "batch_size", "val_every"):
+        for name in (
+            "epochs",
+            "steps",
+            "nominal_batch",
+            "patience",
+            "save_every",
+            "save_epochs",
+            "batch_size",
+            "val_every",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
         _require(self.workers >= 0, "workers", self.workers, "0 or more")

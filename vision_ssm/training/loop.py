@@ -269,7 +269,8 @@ class _Trainer:
         self.log.end_bar()
         epoch, ends = -(-self.step // self.plan.steps_per_epoch), self.step == self.plan.steps
         row = self._row(epoch)
-        if ends or epoch % self.config.val_every == 0:
+        evaluated = ends or epoch % self.config.val_every == 0
+        if evaluated:
             self._save_last()  # an evaluation may fail, and the epoch must not be lost with it
             metrics = self._evaluate(epoch)
             row |= {f"val/{name}": value for name, value in metrics.items()}
@@ -279,17 +280,18 @@ class _Trainer:
             for name, average in self.averages.items():
                 self._save(self.run_dir / "averages" / name, average=average)
         self.log.end_epoch(row, f"epoch {epoch}/{self.plan.epochs}")
-        self._save_last()
+        self._agree_to_stop()  # again: an evaluation can take minutes
+        patience = self.config.patience
+        stale = patience is not None and bool(self.best) and epoch - self.best["epoch"] >= patience
+        if evaluated or stale or self.stop_signal or epoch % self.config.save_epochs == 0:
+            self._save_last()
         if ends:
             return False
-        self._agree_to_stop()  # again: an evaluation can take minutes
         if self.stop_signal:
             self._quit()
-        patience = self.config.patience
-        if patience is None or not self.best or epoch - self.best["epoch"] < patience:
-            return False
-        self.log.say(f"stopped early: {self.task.primary} has been best at epoch {self.best['epoch']}")
-        return True
+        if stale:
+            self.log.say(f"stopped early: {self.task.primary} has been best at epoch {self.best['epoch']}")
+        return stale
 
     def _stopped_before_evaluation(self) -> bool:
         """Whether a resumed run ended between the last step of an epoch and its row."""
