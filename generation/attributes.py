@@ -30,7 +30,7 @@ def attributes(clip: np.ndarray) -> np.ndarray:
     frames = clip.astype(np.float64) / 255
     bright = frames.max(axis=-1)
     visible = bright > _VISIBLE
-    steps = np.diff(_centroids(bright), axis=0)
+    steps = np.diff(centroids(bright), axis=0)
     lengths = np.linalg.norm(steps, axis=1)
     bends = np.linalg.norm(np.diff(steps, axis=0), axis=1) if len(steps) > 1 else np.zeros(1)
     pixels = visible.sum(axis=(1, 2)).clip(1)[:, None]
@@ -44,6 +44,16 @@ def attributes(clip: np.ndarray) -> np.ndarray:
 def measure_all(clips: Iterable[np.ndarray]) -> np.ndarray:
     """`attributes` of every clip, (n, 6)."""
     return np.stack([attributes(clip) for clip in clips])
+
+
+def centroids(bright: np.ndarray) -> np.ndarray:
+    """Brightness-weighted (x, y) in pixels of each frame of (F, S, S), from 0 to 1; the middle of an empty one."""
+    axis = np.arange(bright.shape[-1]) + 0.5
+    weights = np.where(bright > _VISIBLE / 3, bright, 0)  # so that faint noise far away does not pull
+    total = weights.sum(axis=(1, 2))
+    x, y = (weights.sum(axis=1) * axis).sum(axis=1), (weights.sum(axis=2) * axis).sum(axis=1)
+    centre = np.full((len(bright), 2), bright.shape[-1] / 2)
+    return np.where(total[:, None] > 1e-6, np.stack((x, y), axis=1) / total.clip(1e-6)[:, None], centre)
 
 
 def body_count(frame: np.ndarray) -> int:
@@ -159,16 +169,6 @@ def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each entry."""
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def _centroids(bright: np.ndarray) -> np.ndarray:
-    """Brightness-weighted (x, y) of each frame of (F, S, S); the middle of an empty one."""
-    axis = np.arange(bright.shape[-1]) + 0.5
-    weights = np.where(bright > _VISIBLE / 3, bright, 0)  # so that faint noise far away does not pull
-    total = weights.sum(axis=(1, 2))
-    x, y = (weights.sum(axis=1) * axis).sum(axis=1), (weights.sum(axis=2) * axis).sum(axis=1)
-    centre = np.full((len(bright), 2), bright.shape[-1] / 2)
-    return np.where(total[:, None] > 1e-6, np.stack((x, y), axis=1) / total.clip(1e-6)[:, None], centre)
 
 
 def _bodies(frame: np.ndarray) -> list[np.ndarray]:

@@ -84,7 +84,8 @@ def eval(
 
     Args:
         samples: Weights, from which samples are drawn, or an .npz of `vssm generate sample`.
-        reference: Folder of real pictures or clips, an .npz of `vssm generate reference`, or synthetic.
+        reference: Folder of real pictures or clips, an .npz of `vssm generate reference`, shipped weights by name (for
+            their data, without pictures), or synthetic.
         classifier: Weights of `vssm classify train`, for features and conditional accuracy.
         network: TorchScript file in its place, for real FID (Inception-v3) or FVD (I3D).
         count: Samples to draw; compare equal numbers only.

@@ -14,7 +14,7 @@ from generation.attributes import attribute_distances, attribute_floors, in_floo
 from generation.config import SYNTHETIC, GenerateDataConfig
 from generation.distances import bootstrap, frechet_interval, kernel_interval, precision_recall
 from generation.features import ClassifierFeatures, Features, ScriptFeatures
-from generation.generator import draw, load_generator, weights_hash
+from generation.generator import draw, find_weights, load_generator, weights_hash
 from generation.outputs import write_facts
 from generation.reference import Reference, attribute_reference, feature_reference
 from generation.sample import check_request, class_numbers, streamed
@@ -29,6 +29,8 @@ PROTOCOL = (
     "the same of as many real clips, mean over 20 divisions."
 )
 
+REFERENCE_FILE = "reference.npz"
+"""Beside shipped weights: statistics of the data that they were trained on."""
 LEAST = 8
 """Samples, resamplings and kept features below which no score says anything."""
 
@@ -67,7 +69,8 @@ def run_eval(
 
     Args:
         samples: weights, from which samples are drawn, or an .npz of `vssm generate sample`.
-        reference: folder of real samples, .npz of `vssm generate reference`, or "synthetic".
+        reference: folder of real samples, .npz of `vssm generate reference`, the name of shipped weights for that of
+            their data, or "synthetic".
         classifier: weights of `vssm classify train`, for features and conditional accuracy.
         network: TorchScript file in its place, for real FID or FVD.
         drawing: how samples are drawn.
@@ -84,7 +87,9 @@ def run_eval(
     drawn, labels, facts = obtain_samples(samples, drawing or Drawing(), device)
     side, frames = drawn.shape[-1], drawn.shape[1] if drawn.ndim == 5 else 0
     config = GenerateDataConfig(side=side, frames=frames, channels=3 if drawn.shape[-3] == 3 else 1)
-    stored = Reference.load(Path(reference)) if _is_reference(reference) else None
+    stored = stored_reference(reference)
+    if stored is not None:
+        _check_same_shape(stored, config, reference)
     by_attributes = reference == SYNTHETIC or (stored is not None and stored.attributes is not None)
     if by_attributes:
         real = stored or attribute_reference(min(4_096, 2 * len(drawn) + 256), config)
@@ -234,14 +239,29 @@ def _features(classifier: Path | None, network: Path | None, device: str) -> Fea
     return ClassifierFeatures(classifier, device) if classifier is not None else ScriptFeatures(network, device)  # type: ignore[arg-type]
 
 
-def _is_reference(place: str) -> bool:
-    if not place.endswith(".npz") or not Path(place).is_file():
-        return False
+def stored_reference(place: str) -> Reference | None:
+    """The statistics in an .npz of `vssm generate reference`, or those that ship beside weights; None for data.
+
+    Raises:
+        UserError: a damaged .npz.
+    """
+    file = find_weights(place) / REFERENCE_FILE if find_weights(place) != Path(place) else Path(place)
+    if file.suffix != ".npz" or not file.is_file():
+        return None
     try:
-        with np.load(place, allow_pickle=False) as found:
-            return "about" in found
+        with np.load(file, allow_pickle=False) as found:
+            holds_statistics = "about" in found
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {place}: {error}") from None
+        raise UserError(f"cannot read {file}: {error}") from None
+    return Reference.load(file) if holds_statistics else None
+
+
+def _check_same_shape(real: Reference, samples: GenerateDataConfig, source: str) -> None:
+    """Attributes depend on the size of frames and the length of clips, features on the size."""
+    for name in ("side", "frames"):
+        theirs, ours = real.about.get(name), getattr(samples, name)
+        if theirs is not None and theirs != ours:
+            raise UserError(f"{source} tells of real samples with {name} {theirs}, these have {ours}")
 
 
 def _check_same_network(real: Reference, features: Features, source: str) -> None:

@@ -24,8 +24,10 @@ from vision_ssm.viz import save_picture
 
 # Shapes: B batch, F frames.
 
-_CLEAN_PREFIX = 0.5
-"""Share of the clips of a per-frame objective that begin with clean frames, as a stream sees its past."""
+_CLEAN_PAST = 0.75
+"""Share of the clips of a per-frame objective in which most frames are clean, as a stream sees its past."""
+_APART = (3, 8)
+"""In those, from one noisy frame to the next."""
 
 
 class GenerateTask(Task):
@@ -102,8 +104,9 @@ class GenerateTask(Task):
     def evaluate(self, model: nn.Module, run: RunInfo) -> dict[str, float]:
         """Held-out loss over all noise levels and in each bin of them; saves sample pictures."""
         bins = held_out_losses(
-            model, self.held_out, self.objective, bins=self.settings.watch.bins, classes=self.classes
-        )
+            model, self.held_out, self.objective, bins=self.settings.watch.bins, classes=self.classes,
+            per_frame=self.settings.objective.per_frame,
+        )  # fmt: skip
         self._save_samples(model, run)
         return {"loss": sum(bins.values()) / len(bins), **bins}
 
@@ -119,9 +122,12 @@ class GenerateTask(Task):
             return t, torch.zeros_like(t, dtype=torch.bool)
         batch, frames = len(x0), x0.shape[2]
         t = self.objective.sample_timesteps((batch, frames), device=x0.device)
-        known = torch.randint(1, frames, (batch, 1), device=x0.device)
-        known = known * (torch.rand(batch, 1, device=x0.device) < _CLEAN_PREFIX)
-        clean = torch.arange(frames, device=x0.device) < known
+        low, high = (min(most, frames) for most in _APART)
+        apart = torch.randint(low, high + 1, (batch, 1), device=x0.device)  # one is noisy at least
+        first = (torch.rand(batch, 1, device=x0.device) * apart).int()
+        noisy = (torch.arange(frames, device=x0.device) - first) % apart == 0
+        noisy |= torch.rand(batch, 1, device=x0.device) >= _CLEAN_PAST
+        clean = ~noisy
         return t.masked_fill(clean, 0), clean
 
     def _arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -172,11 +178,13 @@ def held_out_losses(
     *,
     bins: int,
     classes: Any,
+    per_frame: bool = False,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Squared error on held-out samples in equal bins of the noise levels.
 
-    Noise and levels are the same at every call, so that two models or two times are compared in pairs.
+    Noise and levels are the same at every call, so that two models or two times are compared in pairs. Where frames
+    have levels of their own, every third one is noisy among clean ones, the first included.
 
     Args:
         model: in eval mode.
@@ -184,6 +192,7 @@ def held_out_losses(
         objective: what the model predicts.
         bins: number of bins.
         classes: whether (if not empty) classes are given to the model.
+        per_frame: whether the model was trained with a noise level per frame.
         batch_size: samples that go through the network together.
 
     Returns:
@@ -193,6 +202,7 @@ def held_out_losses(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
+    counted: Any = slice(None)  # frames, or columns of a picture
     for number in range(bins):
         low, high = STEPS * number / bins, STEPS * (number + 1) / bins
         total = 0.0
@@ -200,11 +210,15 @@ def held_out_losses(
             x0 = to_unit(part)
             t = low + (high - low) * torch.rand(len(x0), generator=generator)
             t = t if objective.kind == "flow" else t.long().clamp_max(STEPS - 1)
+            if per_frame:
+                counted = torch.arange(x0.shape[2]) % _APART[0] == 0
+                t = t[:, None] * counted
             noise = torch.randn(x0.shape, generator=generator)
             noisy, target, _ = objective.add_noise(x0, t, noise)
             given_labels = given.to(device) if classes else None
             prediction = model(noisy.to(device), t.to(device), class_labels=given_labels, return_dict=False)[0]
-            total += float((prediction.float().cpu() - target).square().mean()) * len(x0)
+            error = (prediction.float().cpu() - target).square()[:, :, counted]
+            total += float(error.mean()) * len(x0)
         found[f"loss t {low:.0f}-{high:.0f}"] = total / len(samples)
     return found
 

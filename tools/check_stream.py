@@ -4,7 +4,8 @@
 
 Writes OUT/stream.json and OUT/strip.png (frames 1, 64, 256 and the last of the first streams). Exit code 1 when a frame
 near the end takes over 10 % more time than one at the beginning, memory grows, an attribute is over twice as far from
-real clips late as early, or fewer than 80 % of the streams keep number and colours of their bodies to frame 256.
+real clips late as early, or fewer than 80 % of the streams keep number and colours of their bodies to frame 256. Told
+besides: how far bodies are from where they would be in the frame that follows 16 real ones.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from generation.attributes import stream_scores
+from generation.attributes import centroids, stream_scores
 from generation.config import GenerateDataConfig
 from generation.generator import load_generator
 from generation.outputs import picture_grid
@@ -27,12 +28,15 @@ from generation.pipelines import VideoDiMPipeline
 from generation.reference import attribute_reference
 from generation.sample import class_numbers
 from generation.streaming import VideoStream
+from generation.synthetic import MovingShapes
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.viz import save_picture
 
 WINDOW, SETTLED = 16, 64
 """Frames that are measured together, and those before the late ones."""
+SEED = 77
+"""Of the real clips that streams go on from."""
 WARM = 4
 """First frames, whose time is not counted: kernels are compiled then."""
 
@@ -55,6 +59,19 @@ def draw(stream: VideoStream, frames: int, device: torch.device) -> tuple[Tensor
         del frame
         sizes.append(memory(device) - (0 if device.type == "cuda" else sum(k.nbytes for k in kept)))
     return torch.stack(kept, dim=1), seconds, sizes
+
+
+def next_frame_error(pipeline: VideoDiMPipeline, steps: int, *, clips: int = 64, given: int = WINDOW) -> Tensor:
+    """Pixels between the centroids of frames that are drawn after `given` real ones, and of the real frames there."""
+    side = pipeline.transformer.config["sample_size"]
+    source = MovingShapes(clips, frames=given + 1, side=side, seed=SEED)
+    real = np.stack([source.read(index) for index in range(clips)])
+    labels = [source.label(index) for index in range(clips)]
+    stream = VideoStream(pipeline, seeds=list(range(clips)), class_labels=labels, num_inference_steps=steps)
+    stream.push(torch.from_numpy(real[:, :given]).permute(0, 1, 4, 2, 3) / 255)
+    drawn = next(stream).cpu().permute(0, 2, 3, 1).double().numpy()
+    places = [centroids(frames.max(axis=-1)) for frames in (drawn, real[:, given] / 255)]
+    return torch.from_numpy(np.linalg.norm(places[0] - places[1], axis=1))
 
 
 def main() -> int:
@@ -97,7 +114,9 @@ def check(options: argparse.Namespace) -> int:
     assert real is not None
     clips = [np.ascontiguousarray(clip.permute(0, 2, 3, 1).numpy()) for clip in samples]
     part = max(1, (options.frames - WARM) // 10)
+    errors = next_frame_error(pipeline, options.steps)
     report = {
+        "next_frame_error": {name: float(errors.quantile(share)) for name, share in (("median", 0.5), ("90 %", 0.9))},
         **stream_scores(clips, real, window=WINDOW, settled=SETTLED),
         "first_seconds_per_frame": statistics.median(seconds[WARM : WARM + part]),
         "last_seconds_per_frame": statistics.median(seconds[-part:]),

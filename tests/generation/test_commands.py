@@ -10,8 +10,8 @@ from PIL import Image
 
 from generation.commands import COMMANDS
 from generation.dim import DiM
-from generation.evaluate import score_features
-from generation.features import ScriptFeatures
+from generation.evaluate import run_eval, score_features, stored_reference
+from generation.features import ClassifierFeatures, ScriptFeatures
 from generation.generator import draw, load_generator
 from generation.objectives import Objective
 from generation.pipelines import DiMPipeline, VideoDiMPipeline
@@ -243,3 +243,21 @@ def test_reports_keep_the_names_that_they_are_given(images, judge, real, tmp_pat
         flags = ("--classifier", judge, "--count", 8, "--steps", 1, "--rounds", 8, "--output", tmp_path / name)
         assert vssm("eval", images, real, *flags) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["both.json", "dim.best.json", "dim.last.json"]
+
+
+def test_shipped_pictures_are_of_the_class_that_was_asked_for():
+    pipeline, judge = load_generator("eurosat_dim"), ClassifierFeatures(Path("eurosat"), "cpu")
+    real = stored_reference("eurosat_dim")
+    assert real is not None
+    assert real.about["features"]["sha256"] == judge.facts()["sha256"], "the statistics are those of the shipped judge"
+    assert list(pipeline.config.id2label.values()) == real.about["features"]["classes"]
+    labels = list(range(10))
+    pictures = draw(pipeline, labels, labels, steps=8, guidance=4.0)
+    scores = score_features(pictures, labels, real, judge, rounds=8)
+    assert scores["conditional_accuracy"]["value"] >= 0.6  # 0.9 measured
+
+
+def test_statistics_belong_to_samples_of_their_size(images, judge, tmp_path):
+    assert vssm("sample", images, "-o", tmp_path / "s.npz", "--count", 8, "--steps", 1) == 0
+    with pytest.raises(UserError, match="side 64, these have 16"):
+        run_eval(tmp_path / "s.npz", "eurosat_dim", classifier=judge, output=tmp_path / "r.json")

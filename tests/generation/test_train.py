@@ -136,12 +136,17 @@ def test_a_causal_video_model_trains_with_a_level_per_frame(tmp_path):
     )
     task = GenerateTask(config)
     torch.manual_seed(0)
-    t, clean = task._levels(torch.zeros(64, 3, 4, 16, 16))
-    assert t.shape == (64, 4)
-    assert 10 < clean[:, 0].sum() < 54, "half of the clips have a past that is given"
-    assert not clean[:, -1].any(), "the last frame is always to be denoised"
-    assert (t[clean] == 0).all()
-    assert (clean[:, 1:] <= clean[:, :-1]).all()
+    t, clean = task._levels(torch.zeros(400, 3, 12, 16, 16))
+    assert t.shape == (400, 12)
+    assert torch.equal(t == 0, clean)
+    noisy = (~clean).sum(dim=1)
+    assert noisy.min() == 1, "every clip has something to learn"
+    assert 60 < (noisy == 12).sum() < 140, "a quarter of the clips is noisy throughout"
+    past = clean[noisy < 12]
+    two_before = (past[:, :-2] & past[:, 1:-1])[~past[:, 2:]]
+    assert two_before.all(), "in the others two clean frames, at least, stand before a noisy one"
+    assert 0.1 < (~past[:, 0]).float().mean() < 0.3, "first frames are learned, too"
+    assert (~task._levels(torch.zeros(9, 3, 2, 16, 16))[1]).any(dim=1).all(), "also in the shortest clips"
     result = train(task, config.train)
     pipeline = load_generator(result.last)
     assert isinstance(pipeline, VideoDiMPipeline)
@@ -204,3 +209,17 @@ def test_recipes_of_shipped_weights_are_small_enough(name, most, monkeypatch):
     arguments = task._arguments(shape if config.data.frames else shape[:1] + shape[2:])
     assert sum(parameter.numel() for parameter in DiM(**arguments).parameters()) <= most
     assert json.dumps(arguments)
+
+
+def test_held_out_losses_with_a_level_per_frame_are_those_of_the_noisy_frames():
+    class Echo(torch.nn.Linear):
+        """Answers with its input: right where a frame is clean."""
+
+        def forward(self, sample, timestep, class_labels, return_dict):
+            return (sample,)
+
+    held_out = torch.full((40, 3, 9, 8, 8), 0.0), torch.zeros(40, dtype=torch.long)
+    model, objective = Echo(1, 1), Objective("x0")
+    whole = held_out_losses(model, held_out, objective, bins=4, classes=[])
+    some = held_out_losses(model, held_out, objective, bins=4, classes=[], per_frame=True)
+    assert list(some.values()) == pytest.approx(list(whole.values()), rel=0.1)
