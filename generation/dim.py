@@ -71,6 +71,10 @@ class Conditions(NamedTuple):
     head: Tensor
     """(B, f, 1, D) time + class after a SiLU."""
 
+    def rows(self, count: int) -> "Conditions":
+        """Those of the first samples of a batch."""
+        return Conditions(self.layers[:count], self.head[:count])
+
 
 class DiMBlock(nn.Module):
     """One layer: norm, modulation, mixer along the layer's axis, gate, residual.
@@ -105,10 +109,11 @@ class DiMBlock(nn.Module):
             mixer, dim, state_size=state_size, causal=causal and letter != "s", options=options
         )  # fmt: skip
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """See the class; ``condition`` is ``Conditions.layers``."""
+    def forward(self, x: Tensor, condition: Tensor, branch: bool = False) -> Tensor:
+        """See the class; ``condition`` is ``Conditions.layers``, ``branch``: ``Mixer.branch``."""
         h, axis, gate = self._modulated(x, condition)
-        return x + gate * self.mixer(h, axis).view_as(x)
+        y = self.mixer.branch(h, axis) if branch else self.mixer(h, axis)
+        return x + gate * y.view_as(x)
 
     def advance(
         self, x: Tensor, condition: Tensor, before: ScanState | None = None, after: ScanState | None = None
@@ -237,6 +242,7 @@ class DiM(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        past: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict what ``objective`` says.
 
@@ -246,6 +252,8 @@ class DiM(ModelMixin, ConfigMixin):
                 per frame.
             class_labels: (B,) from 0; ``num_classes`` means "no class", and so does None.
             return_dict: False for a tuple, as everywhere in diffusers.
+            past: (B, C, F, H, W) videos; each frame of ``sample`` is then predicted as the one that follows the frames
+                before it in there, as a stream does it, all in one pass. Of causal models without joint layers.
 
         Returns:
             ``.sample``, shaped as ``sample``.
@@ -253,15 +261,21 @@ class DiM(ModelMixin, ConfigMixin):
         Raises:
             UserError: A shape or a label does not fit the model.
         """
-        x, conditions = self.embed(sample, timestep, class_labels)
-        locating = self.locating_layer(sample)
-        for i, block in enumerate(self.layers(sample)):
+        x, conditions = self.embed(sample, timestep, class_labels, past)
+        layers, locating = self.layers(sample), self.locating_layer(sample)
+        last_branch = max((i for i, block in enumerate(layers) if block.letter == "t"), default=-1)
+        for i, block in enumerate(layers):
             if i == locating:
                 x = self.locate_frames(x)
+            if past is not None and i == last_branch + 1:
+                x, conditions = x[: len(sample)], conditions.rows(len(sample))
+            inputs = (x, conditions.layers, past is not None and block.letter == "t")
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, conditions.layers)  # pyright: ignore[reportOptionalCall]
+                x = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore[reportOptionalCall]
             else:
-                x = block(x, conditions.layers)
+                x = block(*inputs)
+        if past is not None:
+            x, conditions = x[: len(sample)], conditions.rows(len(sample))
         output = self.unembed(x, conditions, sample)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -298,6 +312,13 @@ class DiM(ModelMixin, ConfigMixin):
             after.append(state)
         return self.unembed(x, conditions, sample), after
 
+    @property
+    def branches(self) -> bool:
+        """Whether ``forward`` takes a past: every layer along time is a causal scan at each place."""
+        blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
+        timed = [block for block in blocks if block.letter != "s"]
+        return self.config["causal"] and all(block.letter == "t" and block.mixer.recurrent for block in timed)
+
     def require_causal(self) -> None:
         """Refuse a model that cannot be continued.
 
@@ -318,9 +339,17 @@ class DiM(ModelMixin, ConfigMixin):
         blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
         return [block for block in blocks if sample.ndim == 5 or block.letter != "t"]
 
-    def embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> tuple[Tensor, Conditions]:
-        """Tokens (B, F, L, D) with the positions of their places, and the conditions."""
+    def embed(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None, past: Tensor | None = None
+    ) -> tuple[Tensor, Conditions]:
+        """Tokens (B, F, L, D) with the positions of their places, and the conditions; 2 B rows with ``past``, clean."""
         self._check_sample(sample)
+        levels = self._levels(timestep, len(sample), sample.shape[2] if sample.ndim == 5 else 1, sample.device)
+        labels = self._class_vectors(class_labels, len(sample), sample.device)  # (B, 1, D) or None
+        if past is not None:
+            self._check_past(sample, past)
+            sample, levels = torch.cat([sample, past]), torch.cat([levels, torch.zeros_like(levels)])
+            labels = None if labels is None else torch.cat([labels, labels])
         video = sample.unsqueeze(2) if sample.ndim == 4 else sample
         batch, _, frames = video.shape[:3]
         maps = self.patches(video.transpose(1, 2).flatten(0, 1))  # (B F, D, H/p, W/p)
@@ -328,8 +357,7 @@ class DiM(ModelMixin, ConfigMixin):
         if self.positions:
             positions = grid_positions(maps.shape[2], maps.shape[3], maps.shape[1], maps.device)
             x = x + positions.to(self.patches.weight.dtype)
-        time = self.time(self._levels(timestep, batch, frames, sample.device))  # (B, f, D)
-        labels = self._class_vectors(class_labels, batch, sample.device)  # (B, 1, D) or None
+        time = self.time(levels)  # (B, f, D)
         both = F.silu(time if labels is None else time + labels).unsqueeze(2)
         if self.token_positions is not None:
             parts = [time] if labels is None else [labels, time]
@@ -383,6 +411,13 @@ class DiM(ModelMixin, ConfigMixin):
         if labels.shape != (batch,):
             raise UserError(f"class_labels must be ({batch},), one per sample, got {tuple(labels.shape)}")
         return self.classes(labels).unsqueeze(1)
+
+    def _check_past(self, sample: Tensor, past: Tensor) -> None:
+        self.require_causal()
+        if past.shape != sample.shape or sample.ndim != 5:
+            raise UserError(f"past must be videos shaped as sample, got {tuple(past.shape)} and {tuple(sample.shape)}")
+        if not self.branches:
+            raise UserError("layers over all frames jointly (j in the layout) cannot branch off a past: use s and t")
 
     def _check_sample(self, sample: Tensor) -> None:
         p, channels = self.config["patch"], self.config["in_channels"]

@@ -24,10 +24,11 @@ from vision_ssm.viz import save_picture
 
 # Shapes: B batch, F frames.
 
-_CLEAN_PAST = 0.75
-"""Share of the clips of a per-frame objective in which most frames are clean, as a stream sees its past."""
-_APART = (3, 8)
-"""In those, from one noisy frame to the next."""
+_STREAMED = 0.75
+"""Share of the batches of a per-frame objective in which every frame follows a past without noise levels, as in a
+stream; in the others frames see one another's noise, as where a clip is drawn at once."""
+_PAST_NOISE = 0.1
+"""Largest standard deviation of what is added to half of the pasts, so that a stream bears its own small errors."""
 
 
 class GenerateTask(Task):
@@ -76,6 +77,7 @@ class GenerateTask(Task):
     def build(self) -> nn.Module:
         """The network, with the weights it starts from (a resumed run has its own)."""
         model = DiM(**self.arguments)
+        self.streams = self.settings.objective.per_frame and model.branches
         if self.settings.model.recompute:
             model.enable_gradient_checkpointing()
         if self.settings.weights is not None and not self.resumed:
@@ -92,20 +94,20 @@ class GenerateTask(Task):
         """Weighted squared error of the prediction."""
         samples, labels = batch
         x0 = to_unit(samples)
-        t, clean = self._levels(x0)
+        shape = (len(x0), x0.shape[2]) if self.settings.objective.per_frame else (len(x0),)
+        given = {"class_labels": labels if self.classes else None}
+        if self.streams and torch.rand(()) < _STREAMED:
+            given["past"] = self._past(x0)
+        t = self.objective.sample_timesteps(shape, device=x0.device)
         noisy, target, weight = self.objective.add_noise(x0, t, torch.randn_like(x0))
-        # what is clean already has no noise to be told from
-        weight = weight * (~clean).to(weight).view(weight.shape)
-        prediction = model(noisy, t, class_labels=labels if self.classes else None, return_dict=False)[0]
-        error = (prediction.float() - target).square()
-        shown = weight.expand_as(error)
-        return {"loss": (shown * error).sum() / (~clean).float().mean() / error.numel()}
+        prediction = model(noisy, t, **given, return_dict=False)[0]
+        return {"loss": (weight * (prediction.float() - target).square()).mean()}
 
     def evaluate(self, model: nn.Module, run: RunInfo) -> dict[str, float]:
         """Held-out loss over all noise levels and in each bin of them; saves sample pictures."""
         bins = held_out_losses(
             model, self.held_out, self.objective, bins=self.settings.watch.bins, classes=self.classes,
-            per_frame=self.settings.objective.per_frame,
+            streamed=self.streams,
         )  # fmt: skip
         self._save_samples(model, run)
         return {"loss": sum(bins.values()) / len(bins), **bins}
@@ -115,20 +117,11 @@ class GenerateTask(Task):
         if self.settings.data.vae is None:
             save_picture(run_dir / "first_batch.png", picture_grid(_frames_first(to_pixels(to_unit(batch[0][:16])))))
 
-    def _levels(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise levels (B,) or (B, F), and which of them belong to frames that are given clean."""
-        if not self.settings.objective.per_frame:
-            t = self.objective.sample_timesteps(len(x0), device=x0.device)
-            return t, torch.zeros_like(t, dtype=torch.bool)
-        batch, frames = len(x0), x0.shape[2]
-        t = self.objective.sample_timesteps((batch, frames), device=x0.device)
-        low, high = (min(most, frames) for most in _APART)
-        apart = torch.randint(low, high + 1, (batch, 1), device=x0.device)  # one is noisy at least
-        first = (torch.rand(batch, 1, device=x0.device) * apart).int()
-        noisy = (torch.arange(frames, device=x0.device) - first) % apart == 0
-        noisy |= torch.rand(batch, 1, device=x0.device) >= _CLEAN_PAST
-        clean = ~noisy
-        return t.masked_fill(clean, 0), clean
+    def _past(self, x0: Tensor) -> Tensor:
+        """What a stream has drawn before: the real frames, half of them a little off."""
+        rows = (len(x0), 1, 1, 1, 1)
+        off = _PAST_NOISE * torch.rand(rows, device=x0.device) * torch.randint(2, rows, device=x0.device)
+        return x0 + off * torch.randn_like(x0)
 
     def _arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Arguments of the network for samples (C, ...)."""
@@ -178,13 +171,12 @@ def held_out_losses(
     *,
     bins: int,
     classes: Any,
-    per_frame: bool = False,
+    streamed: bool = False,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Squared error on held-out samples in equal bins of the noise levels.
 
-    Noise and levels are the same at every call, so that two models or two times are compared in pairs. Where frames
-    have levels of their own, every third one is noisy among clean ones, the first included.
+    Noise and levels are the same at every call, so that two models or two times are compared in pairs.
 
     Args:
         model: in eval mode.
@@ -192,7 +184,7 @@ def held_out_losses(
         objective: what the model predicts.
         bins: number of bins.
         classes: whether (if not empty) classes are given to the model.
-        per_frame: whether the model was trained with a noise level per frame.
+        streamed: every frame follows the real ones before it.
         batch_size: samples that go through the network together.
 
     Returns:
@@ -202,7 +194,6 @@ def held_out_losses(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
-    counted: Any = slice(None)  # frames, or columns of a picture
     for number in range(bins):
         low, high = STEPS * number / bins, STEPS * (number + 1) / bins
         total = 0.0
@@ -210,15 +201,13 @@ def held_out_losses(
             x0 = to_unit(part)
             t = low + (high - low) * torch.rand(len(x0), generator=generator)
             t = t if objective.kind == "flow" else t.long().clamp_max(STEPS - 1)
-            if per_frame:
-                counted = torch.arange(x0.shape[2]) % _APART[0] == 0
-                t = t[:, None] * counted
             noise = torch.randn(x0.shape, generator=generator)
             noisy, target, _ = objective.add_noise(x0, t, noise)
-            given_labels = given.to(device) if classes else None
-            prediction = model(noisy.to(device), t.to(device), class_labels=given_labels, return_dict=False)[0]
-            error = (prediction.float().cpu() - target).square()[:, :, counted]
-            total += float(error.mean()) * len(x0)
+            shared = {"class_labels": given.to(device) if classes else None, "return_dict": False}
+            if streamed:
+                shared["past"] = x0.to(device)
+            prediction = model(noisy.to(device), t.to(device), **shared)[0]
+            total += float((prediction.float().cpu() - target).square().mean()) * len(x0)
         found[f"loss t {low:.0f}-{high:.0f}"] = total / len(samples)
     return found
 

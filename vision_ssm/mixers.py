@@ -147,6 +147,33 @@ class SSDDirection(nn.Module, Direction):
             y = torch.cat([y, now], dim=-2)
         return y.flatten(-2), _state(conv, scan, memory)
 
+    def branch(self, given: Parts, axis: int) -> Tensor:
+        """See ``Mixer.branch``; for scans without options.
+
+        One scan over both, side and main position in turn: a step of 0 lets a side position read the state and leaves
+        it as it is. What that step would have done to its own output, one decay per head and its own input, is put in
+        afterwards.
+        """
+        _, xBC, dt = given
+        weight, (side, main) = self.conv.weight.squeeze(1), xBC.chunk(2)
+        mixed, _ = output_and_state(causal_conv1d(main, weight, self.conv.bias, dim=axis))
+        side, main = F.silu(mixed + weight[:, -1].to(side.dtype) * (side - main)), F.silu(mixed)
+        dt_bias = exact(self.dt_bias, side)
+        side_step, main_step = F.softplus(dt.to(dt_bias.dtype) + dt_bias).chunk(2)
+        x, B, C = _in_turn(side, main, axis).split(self.split, dim=-1)
+        A, D = -exact(self.A_log, side).exp(), exact(self.D, side)
+        steps = _in_turn(torch.zeros_like(side_step), main_step, axis)
+        x = x.unflatten(-1, (self.heads, -1))
+        y, _ = output_and_state(ssd(x, steps, A, B.unsqueeze(-2), C.unsqueeze(-2), dim=axis))
+        side_y, main_y = y.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        x, B, C = side.split(self.split, dim=-1)
+        x = x.unflatten(-1, (self.heads, -1))
+        decay, own = (side_step * A).exp(), side_step * (B * C).to(D.dtype).sum(-1, keepdim=True) + D
+        side_y = decay.unsqueeze(-1).to(x.dtype) * side_y + own.unsqueeze(-1).to(x.dtype) * x
+        now = main[..., : self.split[0]].unflatten(-1, (self.heads, -1))
+        main_y = main_y + D.unsqueeze(-1).to(x.dtype) * now
+        return torch.cat([side_y, main_y]).flatten(-2)
+
 
 class S4DDirection(nn.Module, Direction):
     """Short convolution and gated S4D: an ``S6Direction`` whose coefficients do not depend on the input."""
@@ -221,6 +248,21 @@ class Mixer(nn.Module, ABC):
             "what streams, or is computed in pieces, needs s6, ssd, s4d or gated_conv along that axis"
         )
 
+    def branch(self, x: Tensor, axis: int) -> Tensor:
+        """Positions of side sequences, each as if it followed what stands before it in another, the main sequence.
+
+        Args:
+            x: (2 B, ..., C) B side sequences, then their main ones; main ones do not see the others.
+            axis: The axis that is read.
+
+        Returns:
+            Outputs of both, shaped as x.
+
+        Raises:
+            UserError: This mixer looks ahead, or has no recurrence.
+        """
+        raise UserError(f"{type(self).__name__} has no recurrence, so nothing can branch off what it has read")
+
     def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
         """The backward direction's state at the start of a piece, which the piece before it needs; None if causal.
 
@@ -261,6 +303,17 @@ class ScanMixer(Mixer):
         if self.backwards is not None:
             y = 0.5 * (y + self.backwards.read(parts, axis, after, last=True)[0])
         return self.out(y, parts), state
+
+    def branch(self, x: Tensor, axis: int) -> Tensor:
+        """See ``Mixer``; position after position."""
+        if self.backwards is not None:
+            raise UserError("a mixer that reads both ways has no past to branch off from: build it with causal=True")
+        state, outputs = None, []
+        for side, main in zip(*(part.split(1, dim=axis) for part in x.chunk(2)), strict=True):
+            y = self._mixed(side, axis, state, None, last=True)[0]
+            after, state = self.advance(main, axis, state)
+            outputs.append(torch.cat([y, after]))
+        return torch.cat(outputs, dim=axis)
 
     def look_back(self, x: Tensor, axis: int, after: ScanState | None = None) -> ScanState | None:
         """See ``Mixer``."""
@@ -323,6 +376,8 @@ class SSDMixer(MixingMatrix, ScanMixer):
         options: Of the scans.
     """
 
+    forwards: SSDDirection
+
     def __init__(
         self, dim: int, *, state_size: int = SSD_STATES, causal: bool = False, options: ScanOptions = NO_OPTIONS
     ) -> None:
@@ -334,6 +389,13 @@ class SSDMixer(MixingMatrix, ScanMixer):
         self.backwards = None if causal else SSDDirection(dim, state_size=state_size, reverse=True, options=options)
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def branch(self, x: Tensor, axis: int) -> Tensor:
+        """See ``Mixer``; in one scan of twice the length."""
+        if self.backwards is not None or self.forwards.options != NO_OPTIONS:
+            return super().branch(x, axis)
+        parts = self.parts(self.in_proj(x))
+        return self.out(self.forwards.branch(parts, axis), parts)
 
     def parts(self, projected: Tensor) -> Parts:
         """Gate; input, B and C; step sizes: D | D + 2 N | E."""
@@ -540,6 +602,11 @@ def _convolve(
         return_final_state=not last,
     )
     return output_and_state(result)
+
+
+def _in_turn(a: Tensor, b: Tensor, axis: int) -> Tensor:
+    """a_1, b_1, a_2, b_2, ... along an axis."""
+    return torch.stack([a, b], dim=axis + 1).flatten(axis, axis + 1)
 
 
 def _state(conv: Tensor | None, scan: Tensor | None, memory: Tensor | None) -> ScanState | None:

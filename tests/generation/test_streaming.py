@@ -51,6 +51,33 @@ def test_chunked_equals_the_whole(mixer, conditioning, causal, length):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("layout", ["st", "sts"])
+def test_all_frames_after_a_past_in_one_pass_are_those_of_a_stream(mixer, conditioning, layout):
+    model = small_dim(mixer=mixer, conditioning=conditioning, layout=layout, causal=True)
+    x, past, t = torch.randn(2, 3, 5, 8, 8), torch.randn(2, 3, 5, 8, 8), 1000 * torch.rand(2, 5)
+    labels, states = torch.tensor([0, 2]), None
+    with torch.no_grad():
+        y = model(x, t, labels, past=past).sample
+        for i in range(5):
+            frame = slice(i, i + 1)
+            alone = model.advance(x[:, :, frame], t[:, frame], labels, states)[0]
+            assert_close(f"frame {i}", y[:, :, frame], alone, rel=1e-5)
+            states = model.advance(past[:, :, frame], 0.0, labels, states)[1]
+
+
+def test_pasts_that_cannot_be():
+    video = torch.zeros(1, 3, 4, 8, 8)
+    for changes, past, message in (
+        ({"layout": "st", "causal": True}, video[:, :, 1:], "shaped as sample"),
+        ({"layout": "stj", "causal": True}, video, "j in the layout"),
+        ({"layout": "st", "causal": False}, video, "causal=True"),
+    ):
+        with pytest.raises(UserError, match=message):
+            small_dim(**changes)(video, 500.0, torch.tensor([0]), past=past)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_a_stream_is_the_loop_over_the_whole_history(mixer, guidance):
     """Each frame equals one drawn by running the model on all frames so far, the finished ones at the clean level."""

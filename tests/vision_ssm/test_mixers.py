@@ -26,7 +26,7 @@ from vision_ssm.errors import UserError
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerStack, ScanOptions
-from vision_ssm.mixers import Mixer, S6Direction, SSDDirection, build_mixer, norm_out
+from vision_ssm.mixers import Mixer, S6Direction, ScanMixer, SSDDirection, build_mixer, norm_out
 from vision_ssm.mixers2d import SSD2D, build_mixer2d
 from vision_ssm.ss2d import DIRECTIONS, SS2D
 
@@ -96,6 +96,30 @@ def test_pieces_are_exactly_the_whole(name, causal):
         y, state = module.advance(piece, 1, state, end)
         found.append(y)
     assert_close("pieces", torch.cat(found, dim=1), module(x, 1), 1e-12)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_one_scan_of_ssd_branches_off_like_one_position_after_another(axis):
+    mixer = scrambled(build_mixer("ssd", DIM, causal=True))
+    x = torch.randn(4, 9, 7, DIM, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *mixer.parameters()]
+    fast, slow = mixer.branch(x, axis), ScanMixer.branch(mixer, x, axis)
+    assert_close("branches", fast, slow, rel=1e-12)
+    assert_close("the main sequence, as ever", fast[2:], mixer(x[2:], axis), rel=1e-12)
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (fast, slow)), strict=True):
+        assert_close("gradient", one, other, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_branch_is_what_follows_the_main_sequence(name, optional):
+    options = options_of(name) if optional else NO_OPTIONS
+    mixer = scrambled(build_mixer(name, DIM, causal=True, options=options))
+    x = torch.randn(2, 6, 3, DIM, dtype=torch.float64)
+    y = mixer.branch(x, 1)
+    for i in range(6):
+        line = torch.cat([x[1:, :i], x[:1, i : i + 1]], dim=1)
+        assert_close(f"position {i}", y[:1, i], mixer(line, 1)[:, i], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
