@@ -246,7 +246,7 @@ def test_reports_keep_the_names_that_they_are_given(images, judge, real, tmp_pat
 
 
 def test_shipped_pictures_are_of_the_class_that_was_asked_for():
-    pipeline, judge = load_generator("eurosat_dim"), ClassifierFeatures(Path("eurosat"), "cpu")
+    pipeline, judge = load_generator("eurosat_dim", scheduler="unipc"), ClassifierFeatures(Path("eurosat"), "cpu")
     real = stored_reference("eurosat_dim")
     assert real is not None
     assert real.about["features"]["sha256"] == judge.facts()["sha256"], "the statistics are those of the shipped judge"
@@ -254,7 +254,7 @@ def test_shipped_pictures_are_of_the_class_that_was_asked_for():
     labels = list(range(10))
     pictures = draw(pipeline, labels, labels, steps=8, guidance=4.0)
     scores = score_features(pictures, labels, real, judge, rounds=8)
-    assert scores["conditional_accuracy"]["value"] >= 0.6  # 0.9 measured
+    assert scores["conditional_accuracy"]["value"] >= 0.6  # 0.8 measured; 0.92 of 400 samples with 20 steps
 
 
 def test_statistics_belong_to_samples_of_their_size(images, judge, tmp_path):
