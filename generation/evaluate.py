@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,8 @@ def score_features(
     }
     if probabilities is not None and labels is not None:
         right = (probabilities.argmax(1) == torch.tensor(list(labels))).double()
-        scores["conditional_accuracy"] = asdict(
-            bootstrap(lambda places: right[places].mean().item(), len(right), rounds=rounds)
-        )
+        share = bootstrap(lambda places: right[places].mean().item(), len(right), rounds=rounds)
+        scores["conditional_accuracy"] = asdict(replace(share, low=max(share.low, 0.0), high=min(share.high, 1.0)))
     return scores
 
 
