@@ -14,10 +14,11 @@ from generation.attributes import attribute_distances, attribute_floors, in_floo
 from generation.config import SYNTHETIC, GenerateDataConfig
 from generation.distances import bootstrap, frechet_interval, kernel_interval, precision_recall
 from generation.features import ClassifierFeatures, Features, ScriptFeatures
-from generation.generator import draw, find_weights, load_generator, weights_hash
+from generation.generator import draw, find_weights, load_generator, shipped_names, weights_hash
 from generation.outputs import write_facts
 from generation.reference import Reference, attribute_reference, feature_reference
 from generation.sample import check_request, class_numbers, streamed
+from vision_ssm.config import near_match
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_writable
@@ -84,20 +85,26 @@ def run_eval(
     if rounds < LEAST:
         raise UserError(f"rounds must be {LEAST} or more, got {rounds}")
     check_writable(output.parent)
+    stored = stored_reference(reference)  # what is wrong with it is told before samples are drawn
+    by_attributes = reference == SYNTHETIC or (stored is not None and stored.attributes is not None)
+    features = None if by_attributes else _features(classifier, network, device)
+    if stored is None and not by_attributes and not Path(reference).exists():
+        raise UserError(
+            f"no real samples at {reference}: give a folder, an .npz, {SYNTHETIC!r}, or shipped weights by name "
+            f"({', '.join(shipped_names())}){near_match(reference, shipped_names())}"
+        )
+    if features is not None and stored is not None:
+        _check_same_network(stored, features, reference)
     drawn, labels, facts = obtain_samples(samples, drawing or Drawing(), device)
     side, frames = drawn.shape[-1], drawn.shape[1] if drawn.ndim == 5 else 0
     config = GenerateDataConfig(side=side, frames=frames, channels=3 if drawn.shape[-3] == 3 else 1)
-    stored = stored_reference(reference)
     if stored is not None:
         _check_same_shape(stored, config, reference)
-    by_attributes = reference == SYNTHETIC or (stored is not None and stored.attributes is not None)
-    if by_attributes:
+    if features is None:
         real = stored or attribute_reference(min(4_096, 2 * len(drawn) + 256), config)
         scores = score_attributes(drawn, real)
     else:
-        features = _features(classifier, network, device)
         real = stored or feature_reference(reference, config, features)
-        _check_same_network(real, features, reference)
         scores = score_features(drawn, labels, real, features, rounds=rounds)
     report = {"samples": facts, "reference": real.about, "scores": scores, "protocol": PROTOCOL}
     written = write_facts(output.with_suffix("") if output.suffix == ".json" else output, report)
@@ -132,7 +139,7 @@ def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, l
     seeds = list(range(drawing.seed, drawing.seed + drawing.count))
     drawn = (streamed if drawing.stream else draw)(
         pipeline, classes, seeds, steps=drawing.steps, guidance=drawing.guidance, frames=drawing.frames,
-        batch_size=drawing.batch_size,
+        batch_size=drawing.batch_size, progress=True,
     )  # fmt: skip
     facts = {
         "weights": str(path),

@@ -12,6 +12,7 @@ from generation.dim import DiM
 from generation.objectives import Objective, sample_generators
 from generation.pipelines import DiMPipeline, VideoDiMPipeline, load_pipeline
 from vision_ssm.checkpoint import WEIGHTS_FILE, load_checkpoint, load_matching
+from vision_ssm.config import near_match
 from vision_ssm.errors import UserError
 from vision_ssm.files import check_new, shipped_or_path
 
@@ -22,6 +23,11 @@ _SHIPPED = Path(__file__).parent / "weights"
 def find_weights(place: str | Path) -> Path:
     """A file or folder that exists, or the folder of shipped weights of that name; else the path as it is."""
     return shipped_or_path(place, _SHIPPED)
+
+
+def shipped_names() -> list[str]:
+    """Names of the weights that ship."""
+    return sorted(folder.name for folder in _SHIPPED.iterdir() if folder.is_dir())
 
 
 def load_generator(path: str | Path, *, scheduler: str | None = None) -> Pipeline:
@@ -35,6 +41,11 @@ def load_generator(path: str | Path, *, scheduler: str | None = None) -> Pipelin
         UserError: missing, damaged, something else, or a sampler of another objective.
     """
     path = find_weights(path)
+    if not path.exists():
+        raise UserError(
+            f"no generator at {path}: give a run's checkpoint, the folder of a pipeline, or a shipped name "
+            f"({', '.join(shipped_names())}){near_match(str(path), shipped_names())}"
+        )
     if (path / "model_index.json").is_file():
         pipeline = load_pipeline(path, torch_dtype=torch.float32)  # shipped weights are stored in half precision
         if scheduler is not None:
@@ -132,6 +143,7 @@ def draw(
     guidance: float = 1.0,
     frames: int | None = None,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> Tensor:
     """Draw samples; each depends on its own seed and class alone.
 
@@ -143,14 +155,16 @@ def draw(
         guidance: above 1 stresses the class.
         frames: length of clips; by default the model's.
         batch_size: samples that go through the network together.
+        progress: a bar on a terminal.
 
     Returns:
         (n, C, H, W) or (n, F, C, H, W) uint8 on the CPU.
     """
-    pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(seeds), batch_size):
         chosen = slice(start, start + batch_size)
+        named = f"samples {start + 1} to {start + len(seeds[chosen])} of {len(seeds)}"
+        pipeline.set_progress_bar_config(desc=named, disable=None if progress else True)  # None: where nobody looks
         shared: dict[str, Any] = {
             "class_labels": None if labels is None else labels[chosen],
             "batch_size": len(seeds[chosen]),

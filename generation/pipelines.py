@@ -1,7 +1,8 @@
 """From noise to pictures and videos: diffusers pipelines around a DiM, in pixel space or in the latents of a VAE."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -12,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from packaging.version import Version
@@ -329,6 +330,18 @@ class VideoDiMPipeline(DiMPipelineBase):
         return VideoPipelineOutput(frames=samples) if return_dict else (samples,)
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without diffusers' bar over the parts of a pipeline, which load in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None) -> DiMPipeline | VideoDiMPipeline:
     """Read what ``save_pretrained`` of a pipeline wrote; never looks at the network.
 
@@ -357,7 +370,8 @@ def load_pipeline(folder: str | Path, *, torch_dtype: torch.dtype | None = None)
         model, found = DiM.from_pretrained(folder / "transformer", output_loading_info=True, **options)  # pyright: ignore[reportGeneralTypeIssues]
         strangers = [*found["missing_keys"], *found["unexpected_keys"]]
         if not strangers:
-            return kinds[name].from_pretrained(folder, transformer=model, **options)
+            with _without_bars():
+                return kinds[name].from_pretrained(folder, transformer=model, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the pipeline in {folder} is damaged or incomplete: {error}") from error
     raise UserError(

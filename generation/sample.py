@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from generation.generator import Pipeline, draw, load_generator, weights_hash
 from generation.outputs import check_format, save_samples, write_facts
@@ -70,8 +71,9 @@ def run_sample(
     pipeline.to(choose_device(device))
     seeds = list(range(seed, seed + count))
     samples = (streamed if stream else draw)(
-        pipeline, labels, seeds, steps=steps, guidance=guidance, frames=frames, batch_size=batch_size
-    )
+        pipeline, labels, seeds, steps=steps, guidance=guidance, frames=frames, batch_size=batch_size,
+        progress=True,
+    )  # fmt: skip
     save_samples(output, samples, labels, fps=fps)
     facts = {
         "weights": str(weights),
@@ -138,6 +140,7 @@ def streamed(
     guidance: float = 1.0,
     frames: int | None = None,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> Tensor:
     """Clips drawn frame by frame; arguments and result as those of `generation.generator.draw`.
 
@@ -159,7 +162,8 @@ def streamed(
             num_inference_steps=steps,
             guidance_scale=guidance if labels is not None else 1.0,
         )
-        drawn = [next(stream).cpu().float().clamp(0, 1) for _ in range(frames or own.sample_frames)]
+        bar = tqdm(range(frames or own.sample_frames), desc="frames", disable=None if progress else True)
+        drawn = [next(stream).cpu().float().clamp(0, 1) for _ in bar]
         parts.append((torch.stack(drawn, dim=1) * 255).round().to(torch.uint8))
     return torch.cat(parts)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from generation.commands import COMMANDS
 from generation.dim import DiM
-from generation.evaluate import run_eval, score_features, stored_reference
+from generation.evaluate import Drawing, run_eval, score_features, stored_reference
 from generation.features import ClassifierFeatures, ScriptFeatures
 from generation.generator import draw, load_generator
 from generation.objectives import Objective
@@ -207,7 +207,7 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
         ((images, "--output", tmp_path / "a.png", "--frames", 3), "--frames and --stream are for videos"),
         ((videos, "--output", tmp_path / "a.gif", "--classes", "x"), "trained without classes"),
         ((judge, "--output", tmp_path / "a.png"), "is no generator"),
-        ((tmp_path / "none", "--output", tmp_path / "a.png"), "no checkpoint at"),
+        ((tmp_path / "none", "--output", tmp_path / "a.png"), "no generator at"),
         ((images, "--output", tmp_path / "a.png", "--count", 0), "count must be above 0"),
         ((images, "--output", tmp_path / "a.png", "--count", 10**15), "samples take .* draw fewer at a time"),
         ((images, "--output", tmp_path / "a.png", "--steps", 1001), "must be 1 to 1000, got 1001"),
@@ -258,7 +258,13 @@ def test_shipped_pictures_are_of_the_class_that_was_asked_for():
     assert scores["conditional_accuracy"]["value"] >= 0.6  # 0.8 measured; 0.92 of 400 samples with 20 steps
 
 
-def test_statistics_belong_to_samples_of_their_size(images, judge, tmp_path):
+def test_statistics_belong_to_samples_of_their_size(images, tmp_path):
     assert vssm("sample", images, "-o", tmp_path / "s.npz", "--count", 8, "--steps", 1) == 0
     with pytest.raises(UserError, match="side 64, these have 16"):
-        run_eval(tmp_path / "s.npz", "eurosat_dim", classifier=judge, output=tmp_path / "r.json")
+        run_eval(tmp_path / "s.npz", "eurosat_dim", classifier=Path("eurosat"), output=tmp_path / "r.json")
+
+
+def test_a_reference_that_is_not_there_is_told_before_samples_are_drawn(images, judge, tmp_path):
+    many = Drawing(count=100_000)
+    with pytest.raises(UserError, match="did you mean 'eurosat_dim'"):
+        run_eval(images, "eurosat_dom", classifier=judge, drawing=many, output=tmp_path / "r.json")

@@ -110,6 +110,22 @@ def test_one_scan_of_ssd_branches_off_like_one_position_after_another(axis):
         assert_close("gradient", one, other, rel=1e-10)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_branches_on_a_gpu_are_those_of_the_cpu(autocast):
+    torch.manual_seed(1)
+    mixer = build_mixer("ssd", DIM, causal=True)
+    x = torch.randn(4, 9, 7, DIM)
+    expected = mixer.branch(x, 1).detach()
+    x = x.cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y = mixer.cuda().branch(x, 1)
+    assert_close("branches", y.float().cpu(), expected, rel=2e-2 if autocast else 1e-3)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize("optional", [False, True])
 def test_a_branch_is_what_follows_the_main_sequence(name, optional):
