@@ -112,7 +112,8 @@ class DiMBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, branch: bool = False) -> Tensor:
         """See the class; ``condition`` is ``Conditions.layers``, ``branch``: ``Mixer.branch``."""
         h, axis, gate = self._modulated(x, condition)
-        y = self.mixer.branch(h, axis) if branch else self.mixer(h, axis)
+        frame = x.shape[2] if self.letter == "j" else 1
+        y = self.mixer.branch(h, axis, frame) if branch else self.mixer(h, axis)
         return x + gate * y.view_as(x)
 
     def advance(
@@ -253,7 +254,7 @@ class DiM(ModelMixin, ConfigMixin):
             class_labels: (B,) from 0; ``num_classes`` means "no class", and so does None.
             return_dict: False for a tuple, as everywhere in diffusers.
             past: (B, C, F, H, W) videos; each frame of ``sample`` is then predicted as the one that follows the frames
-                before it in there, as a stream does it, all in one pass. Of causal models without joint layers.
+                before it in there, as a stream does it, all in one pass. Of models that can stream.
 
         Returns:
             ``.sample``, shaped as ``sample``.
@@ -262,14 +263,11 @@ class DiM(ModelMixin, ConfigMixin):
             UserError: A shape or a label does not fit the model.
         """
         x, conditions = self.embed(sample, timestep, class_labels, past)
-        layers, locating = self.layers(sample), self.locating_layer(sample)
-        last_branch = max((i for i, block in enumerate(layers) if block.letter == "t"), default=-1)
-        for i, block in enumerate(layers):
+        locating = self.locating_layer(sample)
+        for i, block in enumerate(self.layers(sample)):
             if i == locating:
                 x = self.locate_frames(x)
-            if past is not None and i == last_branch + 1:
-                x, conditions = x[: len(sample)], conditions.rows(len(sample))
-            inputs = (x, conditions.layers, past is not None and block.letter == "t")
+            inputs = (x, conditions.layers, past is not None and block.letter != "s")
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore[reportOptionalCall]
             else:
@@ -313,11 +311,10 @@ class DiM(ModelMixin, ConfigMixin):
         return self.unembed(x, conditions, sample), after
 
     @property
-    def branches(self) -> bool:
-        """Whether ``forward`` takes a past: every layer along time is a causal scan at each place."""
+    def can_stream(self) -> bool:
+        """Whether every layer along time is a causal scan."""
         blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        timed = [block for block in blocks if block.letter != "s"]
-        return self.config["causal"] and all(block.letter == "t" and block.mixer.recurrent for block in timed)
+        return self.config["causal"] and all(block.mixer.recurrent for block in blocks if block.letter != "s")
 
     def require_causal(self) -> None:
         """Refuse a model that cannot be continued.
@@ -416,8 +413,6 @@ class DiM(ModelMixin, ConfigMixin):
         self.require_causal()
         if past.shape != sample.shape or sample.ndim != 5:
             raise UserError(f"past must be videos shaped as sample, got {tuple(past.shape)} and {tuple(sample.shape)}")
-        if not self.branches:
-            raise UserError("layers over all frames jointly (j in the layout) cannot branch off a past: use s and t")
 
     def _check_sample(self, sample: Tensor) -> None:
         p, channels = self.config["patch"], self.config["in_channels"]

@@ -251,12 +251,13 @@ def stored_reference(place: str) -> Reference | None:
     Raises:
         UserError: a damaged .npz.
     """
-    file = find_weights(place) / REFERENCE_FILE if find_weights(place) != Path(place) else Path(place)
+    found = find_weights(place)
+    file = found / REFERENCE_FILE if found != Path(place) else found
     if file.suffix != ".npz" or not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as found:
-            holds_statistics = "about" in found
+        with np.load(file, allow_pickle=False) as arrays:
+            holds_statistics = "about" in arrays
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     return Reference.load(file) if holds_statistics else None

@@ -77,7 +77,7 @@ class GenerateTask(Task):
     def build(self) -> nn.Module:
         """The network, with the weights it starts from (a resumed run has its own)."""
         model = DiM(**self.arguments)
-        self.streams = self.settings.objective.per_frame and model.branches
+        self.streams = self.settings.objective.per_frame and model.can_stream
         if self.settings.model.recompute:
             model.enable_gradient_checkpointing()
         if self.settings.weights is not None and not self.resumed:

@@ -148,7 +148,7 @@ class SSDDirection(nn.Module, Direction):
         return y.flatten(-2), _state(conv, scan, memory)
 
     def branch(self, given: Parts, axis: int) -> Tensor:
-        """See ``Mixer.branch``; for scans without options.
+        """See ``Mixer.branch``; single positions, for scans without options.
 
         One scan over both, side and main position in turn: a step of 0 lets a side position read the state and leaves
         it as it is. What that step would have done to its own output, one decay per head and its own input, is put in
@@ -248,12 +248,13 @@ class Mixer(nn.Module, ABC):
             "what streams, or is computed in pieces, needs s6, ssd, s4d or gated_conv along that axis"
         )
 
-    def branch(self, x: Tensor, axis: int) -> Tensor:
+    def branch(self, x: Tensor, axis: int, step: int = 1) -> Tensor:
         """Positions of side sequences, each as if it followed what stands before it in another, the main sequence.
 
         Args:
             x: (2 B, ..., C) B side sequences, then their main ones; main ones do not see the others.
             axis: The axis that is read.
+            step: Positions that branch off together, such as those of a frame; they do see one another.
 
         Returns:
             Outputs of both, shaped as x.
@@ -304,12 +305,12 @@ class ScanMixer(Mixer):
             y = 0.5 * (y + self.backwards.read(parts, axis, after, last=True)[0])
         return self.out(y, parts), state
 
-    def branch(self, x: Tensor, axis: int) -> Tensor:
-        """See ``Mixer``; position after position."""
+    def branch(self, x: Tensor, axis: int, step: int = 1) -> Tensor:
+        """See ``Mixer``; step after step."""
         if self.backwards is not None:
             raise UserError("a mixer that reads both ways has no past to branch off from: build it with causal=True")
         state, outputs = None, []
-        for side, main in zip(*(part.split(1, dim=axis) for part in x.chunk(2)), strict=True):
+        for side, main in zip(*(part.split(step, dim=axis) for part in x.chunk(2)), strict=True):
             y = self._mixed(side, axis, state, None, last=True)[0]
             after, state = self.advance(main, axis, state)
             outputs.append(torch.cat([y, after]))
@@ -390,10 +391,10 @@ class SSDMixer(MixingMatrix, ScanMixer):
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def branch(self, x: Tensor, axis: int) -> Tensor:
-        """See ``Mixer``; in one scan of twice the length."""
-        if self.backwards is not None or self.forwards.options != NO_OPTIONS:
-            return super().branch(x, axis)
+    def branch(self, x: Tensor, axis: int, step: int = 1) -> Tensor:
+        """See ``Mixer``; single positions in one scan of twice the length."""
+        if self.backwards is not None or self.forwards.options != NO_OPTIONS or step > 1:
+            return super().branch(x, axis, step)
         parts = self.parts(self.in_proj(x))
         return self.out(self.forwards.branch(parts, axis), parts)
 

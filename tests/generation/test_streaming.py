@@ -52,7 +52,7 @@ def test_chunked_equals_the_whole(mixer, conditioning, causal, length):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("layout", ["st", "sts"])
+@pytest.mark.parametrize("layout", ["st", "sts", "stj"])
 def test_all_frames_after_a_past_in_one_pass_are_those_of_a_stream(mixer, conditioning, layout):
     model = small_dim(mixer=mixer, conditioning=conditioning, layout=layout, causal=True)
     x, past, t = torch.randn(2, 3, 5, 8, 8), torch.randn(2, 3, 5, 8, 8), 1000 * torch.rand(2, 5)
@@ -70,7 +70,7 @@ def test_pasts_that_cannot_be():
     video = torch.zeros(1, 3, 4, 8, 8)
     for changes, past, message in (
         ({"layout": "st", "causal": True}, video[:, :, 1:], "shaped as sample"),
-        ({"layout": "stj", "causal": True}, video, "j in the layout"),
+        ({"layout": "st", "causal": True, "mixer_pattern": "alternating"}, video, "attention along time"),
         ({"layout": "st", "causal": False}, video, "causal=True"),
     ):
         with pytest.raises(UserError, match=message):
