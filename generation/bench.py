@@ -26,10 +26,11 @@ from generation.temporal import GLULayer, Scan
 from vision_ssm.bench.measure import Stopwatch, Timing
 from vision_ssm.bench.report import machine
 from vision_ssm.device import choose_device
+from vision_ssm.directions import HEAD_WIDTH, S6_STATES, SSD_STATES
 from vision_ssm.errors import UserError, is_out_of_memory
 from vision_ssm.files import check_writable, replacing, write_text
 from vision_ssm.mixer_config import MixerName
-from vision_ssm.mixers import HEAD_WIDTH, S6_STATES, SSD_STATES, build_mixer
+from vision_ssm.mixers import build_mixer
 
 # Shapes: B batch, F frames, L places (tokens) per frame, C channels, E heads, T length of the axis that is read.
 

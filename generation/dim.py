@@ -33,9 +33,10 @@ from generation.conditioning import (
 )
 from generation.layouts import Letter, expand_layout, scanned
 from generation.objectives import ObjectiveName
+from vision_ssm.directions import ScanState
 from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerPattern, MixerStack, ScanOptions
-from vision_ssm.mixers import ScanState, build_mixer
+from vision_ssm.mixers import build_mixer
 
 # Shapes: B batch, F frames, C channels, H/W height and width, L places (tokens) per frame, D model width,
 # f frames that have a noise level of their own (F, or 1 for all alike).

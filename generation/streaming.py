@@ -22,9 +22,9 @@ from generation.dim import DiM, DiMBlock
 from generation.objectives import check_scheduler
 from generation.pipelines import Labels, VideoDiMPipeline
 from generation.sampling import Guidance, check_guidance, denoise, set_steps
+from vision_ssm.directions import ScanState
 from vision_ssm.errors import UserError
 from vision_ssm.files import replacing
-from vision_ssm.mixers import ScanState
 
 # Shapes: B videos, F frames, C channels, H/W height and width; R = B, or 2 B rows with guidance (without class last).
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import ssd_2d, ssd_noncausal
+from vision_ssm.directions import HEAD_WIDTH, first_steps, learned_heads, present_heads
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, ScanOptions, check_mixer
-from vision_ssm.mixers import HEAD_WIDTH, AttentionMixer, first_steps, learned_heads, present_heads
+from vision_ssm.mixers import AttentionMixer
 from vision_ssm.mixing import MixingMatrix
 from vision_ssm.s4d import S4D
 from vision_ssm.scan_parameters import Init, exact, spare_from_decay

@@ -22,11 +22,12 @@ from kernels.testing import assert_close
 from restoration.card import WeightsCard
 from restoration.model import Serpent
 from restoration.restorer import PictureRestorer, Route
+from vision_ssm.directions import S6Direction, SSDDirection
 from vision_ssm.errors import UserError
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.memory_replay import MemoryReplay
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerStack, ScanOptions
-from vision_ssm.mixers import Mixer, S6Direction, ScanMixer, SSDDirection, build_mixer, norm_out
+from vision_ssm.mixers import Mixer, ScanMixer, build_mixer, norm_out
 from vision_ssm.mixers2d import SSD2D, build_mixer2d
 from vision_ssm.ss2d import DIRECTIONS, SS2D
 
