@@ -153,21 +153,22 @@ class SSDDirection(nn.Module, Direction):
         weight, (side, main) = self.conv.weight.squeeze(1), xBC.chunk(2)
         mixed, _ = output_and_state(causal_conv1d(main, weight, self.conv.bias, dim=axis))
         side, main = F.silu(mixed + weight[:, -1].to(side.dtype) * (side - main)), F.silu(mixed)
-        dt_bias = exact(self.dt_bias, side)
+        A, D, dt_bias = -exact(self.A_log, side).exp(), exact(self.D, side), exact(self.dt_bias, side)
         side_step, main_step = F.softplus(dt.to(dt_bias.dtype) + dt_bias).chunk(2)
-        x, B, C = _in_turn(side, main, axis).split(self.split, dim=-1)
-        A, D = -exact(self.A_log, side).exp(), exact(self.D, side)
         steps = _in_turn(torch.zeros_like(side_step), main_step, axis)
-        x = x.unflatten(-1, (self.heads, -1))
-        y, _ = output_and_state(ssd(x, steps, A, B.unsqueeze(-2), C.unsqueeze(-2), dim=axis))
+        x, B, C = self._by_heads(_in_turn(side, main, axis))
+        y, _ = output_and_state(ssd(x, steps, A, B, C, dim=axis))
         side_y, main_y = y.unflatten(axis, (-1, 2)).unbind(axis + 1)
-        x, B, C = side.split(self.split, dim=-1)
-        x = x.unflatten(-1, (self.heads, -1))
-        decay, own = (side_step * A).exp(), side_step * (B * C).to(D.dtype).sum(-1, keepdim=True) + D
-        side_y = decay.unsqueeze(-1).to(x.dtype) * side_y + own.unsqueeze(-1).to(x.dtype) * x
-        now = main[..., : self.split[0]].unflatten(-1, (self.heads, -1))
-        main_y = main_y + D.unsqueeze(-1).to(x.dtype) * now
+        x, B, C = self._by_heads(side)
+        decay = (side_step * A).exp().unsqueeze(-1).to(x.dtype)
+        side_y = decay * side_y + present_heads(x, dt[: len(x)], B, C, D, dt_bias)
+        main_y = main_y + D.unsqueeze(-1).to(x.dtype) * self._by_heads(main)[0]
         return torch.cat([side_y, main_y]).flatten(-2)
+
+    def _by_heads(self, xBC: Tensor) -> Parts:
+        """Input (..., E, P), B and C (..., 1, N)."""
+        x, B, C = xBC.split(self.split, dim=-1)
+        return x.unflatten(-1, (self.heads, -1)), B.unsqueeze(-2), C.unsqueeze(-2)
 
 
 class S4DDirection(nn.Module, Direction):
