@@ -18,7 +18,7 @@ def sample(
     guidance: float = 1.0,
     scheduler: str | None = None,
     frames: int | None = None,
-    stream: bool = False,
+    first_steps: int | None = None,
     fps: float = 8.0,
     batch_size: int = 64,
     device: str = "auto",
@@ -36,8 +36,9 @@ def sample(
         steps: Of the sampler.
         guidance: Above 1 stresses the class.
         scheduler: euler, heun, dpm++ or unipc for flow; dpm++, ddim, ddpm or unipc for eps, x0 and v.
-        frames: Length of clips; by default that of the training.
-        stream: Draw one frame after the other, for as long as --frames says, with constant memory (causal models).
+        frames: Length of clips; by default that of the training. A causal model draws one frame after the other,
+            for as long as you like, with constant memory.
+        first_steps: Of such a model's first frame, which decides what the others show; by default --steps.
         fps: Frames per second of films.
         batch_size: Samples that go through the network together; the result is the same for any.
         device: auto, cpu or cuda.
@@ -46,7 +47,7 @@ def sample(
 
     return run_sample(
         weights, output=output, classes=classes, count=count, seed=seed, steps=steps, guidance=guidance,
-        scheduler=scheduler, frames=frames, stream=stream, fps=fps, batch_size=batch_size, device=device,
+        scheduler=scheduler, frames=frames, first_steps=first_steps, fps=fps, batch_size=batch_size, device=device,
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def eval(
     scheduler: str | None = None,
     seed: int = 0,
     frames: int | None = None,
-    stream: bool = False,
+    first_steps: int | None = None,
     batch_size: int = 128,
     rounds: int = 200,
     device: str = "auto",
@@ -94,7 +95,7 @@ def eval(
         scheduler: By default that of the weights.
         seed: Of the first sample.
         frames: Length of clips; by default that of the training.
-        stream: Draw clips frame by frame (causal models).
+        first_steps: Of the first frame of a causal model's clips; by default --steps.
         batch_size: Samples that go through the network together.
         rounds: Resamplings of the 95 % intervals.
         device: auto, cpu or cuda.
@@ -102,7 +103,7 @@ def eval(
     """
     from generation.evaluate import Drawing, run_eval
 
-    drawing = Drawing(count, steps, guidance, scheduler, seed, batch_size, frames, stream)
+    drawing = Drawing(count, steps, guidance, scheduler, seed, batch_size, frames, first_steps)
     return run_eval(
         samples, reference, classifier=classifier, network=network, drawing=drawing, output=output, device=device,
         rounds=rounds,

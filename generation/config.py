@@ -33,8 +33,8 @@ class ModelConfig:
     """Taps of the memory that is replayed into a scan's input; 0 for none. Experimental."""
     conditioning: Literal["adaln_zero", "adaln_single", "token"] = "adaln_zero"
     layout: str = ""
-    """Letters s (scan over the tokens of a frame), t (over the frames at a place), j (over all), repeated over the
-    depth; by default "s" for pictures and "sst" for videos."""
+    """Letters s (scan over the tokens of a frame row by row), c (column by column), t (over the frames at a place), j
+    (over all), repeated over the depth; by default "s" for pictures and "sst" for videos."""
     causal: bool = False
     """Scans over frames go forward only: what `VideoStream` needs."""
     state_size: int | None = None
@@ -154,3 +154,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.objective.per_frame and not self.data.frames:
             raise UserError("objective.per_frame gives every frame its own noise level: it needs data.frames")
+        if self.model.causal and not self.objective.per_frame:
+            raise UserError(
+                "a causal model draws frame after frame, and learns that with objective.per_frame true only"
+            )

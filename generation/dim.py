@@ -31,9 +31,9 @@ from generation.conditioning import (
     sincos,
     zero_linear,
 )
-from generation.layouts import Letter, expand_layout, scanned
+from generation.layouts import TEMPORAL, Letter, expand_layout, scanned, turned
 from generation.objectives import ObjectiveName
-from vision_ssm.directions import ScanState
+from vision_ssm.directions import Read, ScanState
 from vision_ssm.errors import UserError
 from vision_ssm.mixer_config import NO_OPTIONS, MixerName, MixerPattern, MixerStack, ScanOptions
 from vision_ssm.mixers import build_mixer
@@ -107,22 +107,39 @@ class DiMBlock(nn.Module):
         self.letter: Letter = letter
         self.modulation = build_modulation(conditioning, dim, added=letter == "t")
         self.mixer = build_mixer(
-            mixer, dim, state_size=state_size, causal=causal and letter != "s", options=options
+            mixer, dim, state_size=state_size, causal=causal and letter in TEMPORAL, options=options
         )  # fmt: skip
 
-    def forward(self, x: Tensor, condition: Tensor, branch: bool = False) -> Tensor:
-        """See the class; ``condition`` is ``Conditions.layers``, ``branch``: ``Mixer.branch``."""
+    def forward(self, x: Tensor, condition: Tensor, grid: tuple[int, int], branch: bool = False) -> Tensor:
+        """See the class.
+
+        Args:
+            x: (B, F, L, D).
+            condition: ``Conditions.layers``.
+            grid: Rows and columns of the places.
+            branch: ``Mixer.branch`` along time.
+        """
         h, axis, gate = self._modulated(x, condition)
-        frame = x.shape[2] if self.letter == "j" else 1
-        y = self.mixer.branch(h, axis, frame) if branch else self.mixer(h, axis)
+        if self.letter == "c":
+            y = turned(self.mixer(turned(h, *grid), axis), *reversed(grid))
+        elif branch and self.letter in TEMPORAL:
+            y = self.mixer.branch(h, axis, x.shape[2] if self.letter == "j" else 1)
+        else:
+            y = self.mixer(h, axis)
         return x + gate * y.view_as(x)
 
     def advance(
-        self, x: Tensor, condition: Tensor, before: ScanState | None = None, after: ScanState | None = None
-    ) -> tuple[Tensor, ScanState]:
+        self,
+        x: Tensor,
+        condition: Tensor,
+        before: ScanState | None = None,
+        after: ScanState | None = None,
+        *,
+        last: bool = False,
+    ) -> Read:
         """A piece of a video, exactly as in the whole; states as in ``Mixer.advance``."""
         h, axis, gate = self._modulated(x, condition)
-        y, state = self.mixer.advance(h, axis, before, after)
+        y, state = self.mixer.advance(h, axis, before, after, last=last)
         return x + gate * y.view_as(x), state
 
     def look_back(self, x: Tensor, condition: Tensor, after: ScanState | None) -> ScanState | None:
@@ -232,7 +249,7 @@ class DiM(ModelMixin, ConfigMixin):
             )
             for letter, (name, options) in zip(expand_layout(layout, layers), stack.layers(layers), strict=True)
         )  # fmt: skip
-        timed = stack.positions and not causal and any(letter != "s" for letter in expand_layout(layout, layers))
+        timed = stack.positions and not causal and any(letter in TEMPORAL for letter in expand_layout(layout, layers))
         self.frame_gate = nn.Parameter(torch.zeros(dim)) if timed else None
         self.head = Head(dim, patch * patch * in_channels)
         nn.init.xavier_uniform_(self.patches.weight.view(dim, -1))
@@ -264,11 +281,11 @@ class DiM(ModelMixin, ConfigMixin):
             UserError: A shape or a label does not fit the model.
         """
         x, conditions = self.embed(sample, timestep, class_labels, past)
-        locating = self.locating_layer(sample)
+        locating, grid = self.locating_layer(sample), self.grid(sample)
         for i, block in enumerate(self.layers(sample)):
             if i == locating:
                 x = self.locate_frames(x)
-            inputs = (x, conditions.layers, past is not None and block.letter != "s")
+            inputs = (x, conditions.layers, grid, past is not None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *inputs)  # pyright: ignore[reportOptionalCall]
             else:
@@ -284,6 +301,8 @@ class DiM(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         states: Sequence[ScanState] | None = None,
+        *,
+        last: bool = False,
     ) -> tuple[Tensor, list[ScanState]]:
         """Frames that continue a video, exactly as in the whole; only of a causal model.
 
@@ -292,9 +311,10 @@ class DiM(ModelMixin, ConfigMixin):
             timestep: As in ``forward``.
             class_labels: As in ``forward``.
             states: What the call for the frames before gave; None at the beginning.
+            last: Nothing will go on from these frames: no states are made.
 
         Returns:
-            The prediction, and the states after these frames, one for each layer along time.
+            The prediction, and the states after these frames, one for each layer along time; none if ``last``.
 
         Raises:
             UserError: The model is not causal, or as in ``forward``.
@@ -304,18 +324,18 @@ class DiM(ModelMixin, ConfigMixin):
         before = iter(() if states is None else states)
         after: list[ScanState] = []
         for block in self.layers(sample):
-            if block.letter == "s":
-                x = block(x, conditions.layers)
+            if block.letter not in TEMPORAL:
+                x = block(x, conditions.layers, self.grid(sample))
                 continue
-            x, state = block.advance(x, conditions.layers, None if states is None else next(before))
-            after.append(state)
+            x, state = block.advance(x, conditions.layers, None if states is None else next(before), last=last)
+            after += [] if state is None else [state]
         return self.unembed(x, conditions, sample), after
 
     @property
     def can_stream(self) -> bool:
         """Whether every layer along time is a causal scan."""
         blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        return self.config["causal"] and all(block.mixer.recurrent for block in blocks if block.letter != "s")
+        return self.config["causal"] and all(block.mixer.recurrent for block in blocks if block.letter in TEMPORAL)
 
     def require_causal(self) -> None:
         """Refuse a model that cannot be continued.
@@ -323,10 +343,10 @@ class DiM(ModelMixin, ConfigMixin):
         Raises:
             UserError: Its layers along time look ahead.
         """
-        if not self.config["causal"] and any(block.letter != "s" for block in self.blocks):
+        if not self.config["causal"] and any(block.letter in TEMPORAL for block in self.blocks):
             raise UserError("this model's layers along time read both ways; streaming needs one trained as causal=True")
         blocks: list[DiMBlock] = list(self.blocks)  # pyright: ignore[reportAssignmentType]
-        if any(block.letter != "s" and not block.mixer.recurrent for block in blocks):
+        if any(block.letter in TEMPORAL and not block.mixer.recurrent for block in blocks):
             raise UserError(
                 "this model has attention along time, which keeps every frame; streaming needs scans there: "
                 'mixer_pattern "same" with s6, ssd, s4d or gated_conv'
@@ -364,11 +384,15 @@ class DiM(ModelMixin, ConfigMixin):
         shared = both if self.shared_modulation is None else self.shared_modulation(both)
         return x, Conditions(shared, both)
 
+    def grid(self, sample: Tensor) -> tuple[int, int]:
+        """Rows and columns of the places of a sample (..., H, W)."""
+        return sample.shape[-2] // self.config["patch"], sample.shape[-1] // self.config["patch"]
+
     def locating_layer(self, sample: Tensor) -> int | None:
         """Which of ``layers(sample)`` has frame positions added before it: the first along time, None without."""
         if self.frame_gate is None or sample.ndim == 4:
             return None
-        return next(i for i, block in enumerate(self.layers(sample)) if block.letter != "s")
+        return next(i for i, block in enumerate(self.layers(sample)) if block.letter in TEMPORAL)
 
     def locate_frames(self, x: Tensor) -> Tensor:
         """Add fixed frame positions, for any F, to (B, F, L, D), as far as the gate has learned to let them in."""
@@ -383,7 +407,7 @@ class DiM(ModelMixin, ConfigMixin):
         if self.token_positions is not None:
             x = x[:, :, len(self.token_positions) :]
         cells = self.head(x, conditions.head).unflatten(-1, (p, p, channels))
-        cells = cells.unflatten(2, (sample.shape[-2] // p, sample.shape[-1] // p))  # (B, F, h, w, p, p, C)
+        cells = cells.unflatten(2, self.grid(sample))  # (B, F, h, w, p, p, C)
         return cells.permute(0, 6, 1, 2, 4, 3, 5).reshape(sample.shape)
 
     def _levels(self, timestep: Tensor | float, batch: int, frames: int, device: torch.device) -> Tensor:

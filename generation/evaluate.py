@@ -17,7 +17,7 @@ from generation.features import ClassifierFeatures, Features, ScriptFeatures
 from generation.generator import draw, find_weights, load_generator, shipped_names, weights_hash
 from generation.outputs import write_facts
 from generation.reference import Reference, attribute_reference, feature_reference
-from generation.sample import check_request, class_numbers, streamed
+from generation.sample import check_request, class_numbers
 from vision_ssm.config import near_match
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
@@ -47,7 +47,7 @@ class Drawing:
     seed: int = 0
     batch_size: int = 128
     frames: int | None = None
-    stream: bool = False
+    first_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("count", LEAST), ("steps", 1), ("batch_size", 1), ("seed", 0)):
@@ -133,13 +133,13 @@ def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, l
         labels = table["labels"].tolist() if "labels" in table else None
         return torch.from_numpy(table[key]).movedim(-1, -3), labels, {"file": str(path), "count": len(table[key])}
     pipeline = load_generator(path, scheduler=drawing.scheduler)
-    check_request(pipeline, path, count=drawing.count, frames=drawing.frames, stream=drawing.stream)
+    check_request(pipeline, path, count=drawing.count, frames=drawing.frames, first_steps=drawing.first_steps)
     classes = class_numbers(pipeline, (), drawing.count)
     pipeline.to(choose_device(device))
     seeds = list(range(drawing.seed, drawing.seed + drawing.count))
-    drawn = (streamed if drawing.stream else draw)(
-        pipeline, classes, seeds, steps=drawing.steps, guidance=drawing.guidance, frames=drawing.frames,
-        batch_size=drawing.batch_size, progress=True,
+    drawn = draw(
+        pipeline, classes, seeds, steps=drawing.steps, first_steps=drawing.first_steps, guidance=drawing.guidance,
+        frames=drawing.frames, batch_size=drawing.batch_size, progress=True,
     )  # fmt: skip
     facts = {
         "weights": str(path),

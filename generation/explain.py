@@ -1,12 +1,15 @@
 """What a generated patch was made from: maps at several steps of the denoising, and frames by frames of a video."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from generation.dim import DiM
 from generation.generator import load_generator
+from generation.layouts import turned
 from generation.objectives import sample_generators
 from generation.pipelines import VideoDiMPipeline
 from generation.sample import class_numbers
@@ -99,6 +102,7 @@ class _Explainer:
                 return self.model(noisy, t, self.labels).sample
         with torch.enable_grad(), record(self.model) as recording:
             prediction = self.model(noisy.detach().requires_grad_(), t, self.labels).sample
+        places_by_rows(recording, self.model, self.length, self.grid)
         self._explain(recording.select(self.options.layer), prediction)
         return prediction.detach()
 
@@ -119,6 +123,22 @@ class _Explainer:
         matrix = _frames_by_frames(chosen, self.length) if self.video else None
         if matrix is not None:
             self.matrices.append((f"{when}, frames by frames", matrix))
+
+
+def places_by_rows(recording: Recording, model: DiM, frames: int, grid: tuple[int, int]) -> None:
+    """Let layers that read columns name their positions as the others do, row by row.
+
+    Args:
+        recording: Of the model; changed in place.
+        model: Whose layers they are.
+        frames: Of the sample.
+        grid: Rows and columns of its places.
+    """
+    blocks: Any = model.blocks
+    for layer in recording.layers:
+        if blocks[int(layer.name.split(".")[1])].letter == "c":
+            places = torch.arange(layer.places, device=layer.mixings[0].output.device).view(1, frames, -1, 1)
+            layer.mixings = [replace(mixing, order=turned(places, *grid).flatten()) for mixing in layer.mixings]
 
 
 def _by_frame(heats: list[Heat], frames: int, extra: int, grid: tuple[int, int]) -> Tensor:

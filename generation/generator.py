@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from generation.dim import DiM
 from generation.objectives import Objective, sample_generators
 from generation.pipelines import DiMPipeline, VideoDiMPipeline, load_pipeline
+from generation.streaming import VideoStream
 from vision_ssm.checkpoint import WEIGHTS_FILE, load_checkpoint, load_matching
 from vision_ssm.config import near_match
 from vision_ssm.errors import UserError
@@ -140,18 +142,20 @@ def draw(
     seeds: list[int],
     *,
     steps: int,
+    first_steps: int | None = None,
     guidance: float = 1.0,
     frames: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
-    """Draw samples; each depends on its own seed and class alone.
+    """Draw samples; each depends on its own seed and class alone. A model that can stream draws frame after frame.
 
     Args:
         pipeline: of `load_generator`, on the device that computes.
         labels: a class per sample; None without classes.
         seeds: one per sample.
         steps: of the sampler.
+        first_steps: of a stream's first frame; by default `steps`.
         guidance: above 1 stresses the class.
         frames: length of clips; by default the model's.
         batch_size: samples that go through the network together.
@@ -163,19 +167,34 @@ def draw(
     parts = []
     for start in range(0, len(seeds), batch_size):
         chosen = slice(start, start + batch_size)
+        given = None if labels is None else labels[chosen]
         named = f"samples {start + 1} to {start + len(seeds[chosen])} of {len(seeds)}"
         pipeline.set_progress_bar_config(desc=named, disable=None if progress else True)  # None: where nobody looks
         shared: dict[str, Any] = {
-            "class_labels": None if labels is None else labels[chosen],
-            "batch_size": len(seeds[chosen]),
+            "class_labels": given,
             "num_inference_steps": steps,
             "guidance_scale": guidance if labels is not None else 1.0,
-            "generator": sample_generators(seeds[chosen]),
-            "output_type": "pt",
         }
+        if isinstance(pipeline, VideoDiMPipeline) and streams(pipeline):
+            stream = VideoStream(pipeline, seeds=seeds[chosen], first_frame_steps=first_steps, **shared)
+            length = frames or pipeline.transformer.config["sample_frames"]
+            bar = tqdm(range(length), desc=f"frames of {named}", disable=None if progress else True)
+            parts.append(torch.stack([_to_bytes(next(stream)) for _ in bar], dim=1))
+            continue
+        shared |= {"batch_size": len(seeds[chosen]), "generator": sample_generators(seeds[chosen]), "output_type": "pt"}
         if isinstance(pipeline, VideoDiMPipeline):
             found = pipeline(num_frames=frames, **shared).frames  # type: ignore[union-attr]
         else:
             found = pipeline(**shared).images  # type: ignore[union-attr]
-        parts.append((torch.as_tensor(found).cpu().float().clamp(0, 1) * 255).round().to(torch.uint8))
+        parts.append(_to_bytes(torch.as_tensor(found)))
     return torch.cat(parts)
+
+
+def streams(pipeline: Pipeline) -> bool:
+    """Whether samples are drawn frame after frame: drawn at once, the frames of a causal model would not know the
+    later ones that its noisy ones hold."""
+    return isinstance(pipeline, VideoDiMPipeline) and pipeline.transformer.can_stream
+
+
+def _to_bytes(samples: Tensor) -> Tensor:
+    return (samples.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)

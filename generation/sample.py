@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from generation.generator import Pipeline, draw, load_generator, weights_hash
+from generation.generator import Pipeline, draw, load_generator, streams, weights_hash
 from generation.outputs import check_format, save_samples, write_facts
 from generation.pipelines import VideoDiMPipeline
 from vision_ssm.device import choose_device, free_memory, size_text
@@ -33,7 +31,7 @@ def run_sample(
     guidance: float = 1.0,
     scheduler: str | None = None,
     frames: int | None = None,
-    stream: bool = False,
+    first_steps: int | None = None,
     fps: float = 8.0,
     batch_size: int = 64,
     device: str = "auto",
@@ -50,7 +48,7 @@ def run_sample(
         guidance: above 1 stresses the class.
         scheduler: by default the weights' own.
         frames: of clips.
-        stream: draw one frame after the other, with constant memory (causal models).
+        first_steps: of a stream's first frame, by default `steps`.
         fps: of films.
         batch_size: samples that go through the network together.
         device: auto, cpu or cuda.
@@ -65,14 +63,14 @@ def run_sample(
         raise UserError(f"fps must be {SLOWEST} to {FASTEST}, got {fps}")
     pipeline = load_generator(weights, scheduler=scheduler)
     check_format(output, video=isinstance(pipeline, VideoDiMPipeline))
-    check_request(pipeline, weights, count=count, frames=frames, stream=stream)
+    check_request(pipeline, weights, count=count, frames=frames, first_steps=first_steps)
     check_writable(output.parent)
     labels = class_numbers(pipeline, classes, count)
     pipeline.to(choose_device(device))
     seeds = list(range(seed, seed + count))
-    samples = (streamed if stream else draw)(
-        pipeline, labels, seeds, steps=steps, guidance=guidance, frames=frames, batch_size=batch_size,
-        progress=True,
+    samples = draw(
+        pipeline, labels, seeds, steps=steps, first_steps=first_steps, guidance=guidance, frames=frames,
+        batch_size=batch_size, progress=True,
     )  # fmt: skip
     save_samples(output, samples, labels, fps=fps)
     facts = {
@@ -85,7 +83,8 @@ def run_sample(
         "seeds": seeds,
         "labels": labels,
         "frames": frames,
-        "stream": stream,
+        "stream": streams(pipeline),
+        "first_steps": first_steps,
         "shape": list(samples.shape),
     }
     facts_file = write_facts(output, facts)
@@ -93,17 +92,24 @@ def run_sample(
     return 0
 
 
-def check_request(pipeline: Pipeline, weights: str | Path, *, count: int, frames: int | None, stream: bool) -> None:
+def check_request(
+    pipeline: Pipeline, weights: str | Path, *, count: int, frames: int | None, first_steps: int | None
+) -> None:
     """Refuse samples that these weights cannot draw, or that do not fit into memory together.
 
     Raises:
-        UserError: frames of pictures, less than one frame, or too many samples.
+        UserError: frames of pictures, less than one frame, a first frame where none is drawn first, or too many
+            samples.
     """
     video = isinstance(pipeline, VideoDiMPipeline)
-    if (frames is not None or stream) and not video:
-        raise UserError(f"{weights} makes pictures; --frames and --stream are for videos")
+    if frames is not None and not video:
+        raise UserError(f"{weights} makes pictures; --frames is for videos")
     if frames is not None and frames < 1:
         raise UserError(f"frames must be 1 or more, got {frames}")
+    if first_steps is not None and not streams(pipeline):
+        raise UserError(f"{weights} draws no frame before the others; --first-steps is for models that stream")
+    if first_steps is not None and first_steps < 1:
+        raise UserError(f"first_steps must be 1 or more, got {first_steps}")
     length = (frames or pipeline.transformer.config["sample_frames"]) if video else 1
     size = count * length * CHANNELS * math.prod(pipeline.latent_size(None, None)) * pipeline.vae_scale_factor**2
     if size > (free := free_memory(torch.device("cpu"))):
@@ -129,43 +135,6 @@ def class_numbers(pipeline: Pipeline, classes: Sequence[str], count: int) -> lis
     assert ids is not None
     chosen = ids.tolist()
     return [chosen[i % len(chosen)] for i in range(count)]
-
-
-def streamed(
-    pipeline: Pipeline,
-    labels: list[int] | None,
-    seeds: list[int],
-    *,
-    steps: int,
-    guidance: float = 1.0,
-    frames: int | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> Tensor:
-    """Clips drawn frame by frame; arguments and result as those of `generation.generator.draw`.
-
-    Raises:
-        UserError: the model is not causal, or makes pictures.
-    """
-    from generation.streaming import VideoStream
-
-    if not isinstance(pipeline, VideoDiMPipeline):
-        raise UserError("a stream needs a model of videos")
-    own: Any = pipeline.transformer.config
-    parts = []
-    for start in range(0, len(seeds), batch_size):
-        chosen = slice(start, start + batch_size)
-        stream = VideoStream(
-            pipeline,
-            seeds=seeds[chosen],
-            class_labels=None if labels is None else labels[chosen],
-            num_inference_steps=steps,
-            guidance_scale=guidance if labels is not None else 1.0,
-        )
-        bar = tqdm(range(frames or own.sample_frames), desc="frames", disable=None if progress else True)
-        drawn = [next(stream).cpu().float().clamp(0, 1) for _ in bar]
-        parts.append((torch.stack(drawn, dim=1) * 255).round().to(torch.uint8))
-    return torch.cat(parts)
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.dim import DiM, DiMBlock
+from generation.layouts import TEMPORAL
 from generation.objectives import check_scheduler
 from generation.pipelines import Labels, VideoDiMPipeline
 from generation.sampling import Guidance, check_guidance, denoise, set_steps
@@ -44,6 +45,8 @@ class VideoStream:
         seeds: One per video.
         class_labels: One per video, numbers or names, or None.
         num_inference_steps: Steps per frame.
+        first_frame_steps: Of the first one, which nothing precedes and which decides what all others show; None for as
+            many. Frames that follow others are nearly known, and few steps draw them best (docs/generation.md).
         guidance_scale: Above 1 the class is stressed; the model then runs on twice the rows.
         guidance_interval: Noise levels from 0 to 1 between which it is.
         height: In pixels; None for the model's own.
@@ -60,6 +63,7 @@ class VideoStream:
         seeds: Sequence[int] = (0,),
         class_labels: Labels = None,
         num_inference_steps: int = 25,
+        first_frame_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
@@ -77,7 +81,7 @@ class VideoStream:
             raise UserError(f"seeds must be whole numbers from 0, one per video, got {self.seeds}")
         if self.labels is not None and len(self.labels) != len(self.seeds):
             raise UserError(f"{len(self.labels)} class_labels for {len(self.seeds)} seeds: give one of each per video")
-        self.steps = num_inference_steps
+        self.steps, self.first_steps = num_inference_steps, first_frame_steps
         self.size = pipeline.latent_size(height, width)
         self.frame_index = 0
         """Number of the next frame."""
@@ -93,7 +97,8 @@ class VideoStream:
         shape = (1, self.model.config["in_channels"], 1, *self.size)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         device = self.pipeline._execution_device
-        timesteps = set_steps(self.pipeline.scheduler, self.steps, device)
+        steps = self.steps if self.frame_index or self.first_steps is None else self.first_steps
+        timesteps = set_steps(self.pipeline.scheduler, steps, device)
         latents = denoise(
             self.pipeline.scheduler, noise.to(device), timesteps, self._predict, generator=generators
         )  # fmt: skip
@@ -154,6 +159,7 @@ class VideoStream:
             seeds=card["seeds"],
             class_labels=card["labels"],
             num_inference_steps=card["steps"],
+            first_frame_steps=card["first_steps"],
             guidance_scale=card["guidance_scale"],
             guidance_interval=card["guidance_interval"],
             height=card["size"][0] * scale,
@@ -181,7 +187,7 @@ class VideoStream:
             states = self._states
             if states is not None and len(x) != self._rows:  # no guidance at this noise level: the first half is enough
                 states = [state.rows(len(x)) for state in states]
-            return self.model.advance(x.to(self.model.dtype), t, labels, states)[0]
+            return self.model.advance(x.to(self.model.dtype), t, labels, states, last=True)[0]
 
         return self.guidance.predict(rows, x, timestep, self.labels, self.model.config["num_classes"])
 
@@ -210,6 +216,7 @@ class VideoStream:
             "seeds": self.seeds,
             "labels": None if self.labels is None else self.labels.tolist(),
             "steps": self.steps,
+            "first_steps": self.first_steps,
             "guidance_scale": self.guidance.scale,
             "guidance_interval": self.guidance.interval,
             "size": self.size,
@@ -250,20 +257,20 @@ def forward_chunked(
             f"got {tuple(sample.shape)} and {frames_at_once}"
         )
     x, conditions = model.embed(sample, timestep, class_labels)
-    locating = model.locating_layer(sample)
+    locating, grid = model.locating_layer(sample), model.grid(sample)
     for i, block in enumerate(model.layers(sample)):
         if i == locating:
             x = model.locate_frames(x)
-        x = _layer_in_pieces(block, x, conditions.layers, frames_at_once)
+        x = _layer_in_pieces(block, x, conditions.layers, frames_at_once, grid)
     return model.unembed(x, conditions, sample)
 
 
-def _layer_in_pieces(block: DiMBlock, x: Tensor, condition: Tensor, length: int) -> Tensor:
+def _layer_in_pieces(block: DiMBlock, x: Tensor, condition: Tensor, length: int, grid: tuple[int, int]) -> Tensor:
     pieces = x.split(length, dim=1)
     per_frame = condition.shape[1] == x.shape[1] > 1
     conditions = condition.split(length, dim=1) if per_frame else [condition] * len(pieces)
-    if block.letter == "s":
-        return torch.cat([block(piece, c) for piece, c in zip(pieces, conditions, strict=True)], dim=1)
+    if block.letter not in TEMPORAL:
+        return torch.cat([block(piece, c, grid) for piece, c in zip(pieces, conditions, strict=True)], dim=1)
     after: list[ScanState | None] = [None] * len(pieces)  # backward states at the end of each piece
     for i in range(len(pieces) - 1, 0, -1):
         after[i - 1] = block.look_back(pieces[i], conditions[i], after[i])

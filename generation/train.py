@@ -39,6 +39,7 @@ class GenerateTask(Task):
 
     def __init__(self, config: GenerateConfig, *, resumed: bool = False) -> None:
         self.settings, self.resumed = config, resumed
+        self.streams = False  # whether the network that was built learns frames after their past
         source = find_source(config.data, "train")
         self.samples = Samples(source, config.data)
         self.classes = list(source.classes) if self.samples.labelled else []

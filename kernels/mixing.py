@@ -358,6 +358,8 @@ class Mixing:
         gate: (S, L, D), or None.
         grid: height and width where the positions are those of a map.
         separate: whether `output` has an axis 3 for the directions instead of their sum.
+        order: flat, where each position of the output stands in the tensor that was put into another order before the
+            call; None if it was not.
     """
 
     directions: tuple[Direction, ...]
@@ -367,15 +369,16 @@ class Mixing:
     gate: Tensor | None = None
     grid: tuple[int, int] | None = None
     separate: bool = False
+    order: Tensor | None = None
 
     def output_of(self, k: int, t: Tensor) -> Tensor:
         """What a tensor shaped as `output` (a gradient, say) holds for direction k, (S, L, D)."""
         return self.positions(t[:, :, :, k] if self.separate else t)
 
     def index(self) -> Tensor:
-        """(S, L): where each position of each sequence stands among all of the output, row after row."""
-        count = math.prod(self.lead)
-        return self.positions(torch.arange(count, device=self.output.device).view(self.lead))[..., 0]
+        """(S, L): where each position of each sequence stands among all of the output (or `order`), row after row."""
+        flat = torch.arange(math.prod(self.lead), device=self.output.device) if self.order is None else self.order
+        return self.positions(flat.view(self.lead))[..., 0]
 
 
 def mixing_of(call: Call) -> Mixing:

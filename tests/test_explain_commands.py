@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 import vision_ssm.explain.classifier as classifier_module
+from generation.explain import places_by_rows
 from generation.objectives import Objective
 from generation.pipelines import DiMPipeline, VideoDiMPipeline
 from tests.generation.small_models import small_dim
 from tests.restoration.tiny_weights import save_tiny
 from vision_ssm.classify.model import Classifier
 from vision_ssm.cli import main
+from vision_ssm.explain import hidden_attention
 from vision_ssm.explain.recording import record
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.viz import save_picture
@@ -101,6 +103,20 @@ def test_a_patch_of_a_video_is_explained(layout: str, tmp_path: Path) -> None:
     assert "01-step-1-of-2-rollout-all-layers-frame-" in names[0]
     assert sum("frame-2.png" in name for name in names) == 1
     assert ("04-step-1-of-2-frames-by-frames.png" in names) == (layout == "st")
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "token"])
+def test_layers_that_read_columns_tell_places_row_by_row(conditioning: str) -> None:
+    model = small_dim(layout="c", depth=1, mixer="ssd", conditioning=conditioning)
+    front = 0 if model.token_positions is None else len(model.token_positions)
+    places = [*range(front), *(front + 4 * row + column for column in range(4) for row in range(3))]  # as they are read
+    with record(model) as recording:
+        model(torch.randn(1, 3, 6, 8), 500.0, torch.tensor([1]))
+    read = front + 5
+    before = hidden_attention(recording, query=lambda _: [read])[0].values
+    places_by_rows(recording, model, 1, (3, 4))
+    after = hidden_attention(recording, query=lambda _: [places[read]])[0].values
+    assert torch.equal(after[:, places], before)
 
 
 class Tiny(nn.Module):

@@ -7,7 +7,7 @@ can be continued later; a bidirectional one takes such states from both sides of
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,14 @@ class Mixer(nn.Module, ABC):
         """Mix whole sequences along ``axis``."""
 
     def advance(
-        self, x: Tensor, axis: int, before: ScanState | None = None, after: ScanState | None = None
-    ) -> tuple[Tensor, ScanState]:
+        self,
+        x: Tensor,
+        axis: int,
+        before: ScanState | None = None,
+        after: ScanState | None = None,
+        *,
+        last: bool = False,
+    ) -> Read:
         """Mix a piece of longer sequences, exactly as in the whole.
 
         Args:
@@ -64,9 +70,10 @@ class Mixer(nn.Module, ABC):
             axis: The axis along which it is a piece.
             before: State that the piece before gave, None for the first.
             after: What ``look_back`` gave for the piece after, None for the last; of no use to a causal mixer.
+            last: Nothing will go on from here: no state is made, which of short pieces is most of the numbers.
 
         Returns:
-            The output, and the forward state after the piece.
+            The output, and the forward state after the piece, None if ``last``.
 
         Raises:
             UserError: This mixer has no recurrence.
@@ -120,11 +127,16 @@ class ScanMixer(Mixer):
         return self._mixed(x, axis, None, None, last=True)[0]
 
     def advance(
-        self, x: Tensor, axis: int, before: ScanState | None = None, after: ScanState | None = None
-    ) -> tuple[Tensor, ScanState]:
+        self,
+        x: Tensor,
+        axis: int,
+        before: ScanState | None = None,
+        after: ScanState | None = None,
+        *,
+        last: bool = False,
+    ) -> Read:
         """See ``Mixer``."""
-        y, state = self._mixed(x, axis, before, after, last=False)
-        return y, cast(ScanState, state)
+        return self._mixed(x, axis, before, after, last=last)
 
     def _mixed(self, x: Tensor, axis: int, before: ScanState | None, after: ScanState | None, *, last: bool) -> Read:
         parts = self.parts(self.in_proj(x))
@@ -139,7 +151,7 @@ class ScanMixer(Mixer):
             raise UserError("a mixer that reads both ways has no past to branch off from: build it with causal=True")
         state, outputs = None, []
         for side, main in zip(*(part.split(step, dim=axis) for part in x.chunk(2)), strict=True):
-            y = self._mixed(side, axis, state, None, last=True)[0]
+            y = self.advance(side, axis, state, last=True)[0]
             after, state = self.advance(main, axis, state)
             outputs.append(torch.cat([y, after]))
         return torch.cat(outputs, dim=axis)

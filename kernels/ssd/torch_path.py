@@ -134,13 +134,12 @@ def _states(d: _Direction, count: int, *, want_final: bool) -> tuple[Tensor | No
 
     Of short sequences the states are most of the numbers there are.
     """
-    alone = count == 1 and d.start is None
-    if alone and not want_final:
-        return None, None
+    if count == 1 and not want_final:
+        return d.start, None
     local = (d.u * d.to_end * d.dt.unsqueeze(-1)).transpose(-1, -2) @ d.Bm
     whole = d.logs[..., -1].exp().to(d.dt.dtype)
     starts, final = _chain(_sequences(local, count), _sequences(whole, count), d.start, backwards=False)
-    return None if alone else starts, final
+    return None if count == 1 and d.start is None else starts, final
 
 
 def forward(

@@ -16,6 +16,7 @@ from generation.generator import draw, load_generator
 from generation.objectives import Objective
 from generation.pipelines import DiMPipeline, VideoDiMPipeline
 from generation.reference import Reference
+from generation.streaming import VideoStream
 from generation.synthetic import MovingShapes
 from vision_ssm.checkpoint import save_checkpoint
 from vision_ssm.classify.config import NetworkConfig
@@ -122,11 +123,16 @@ def test_films(videos, tmp_path, ending):
 
 
 def test_a_stream_is_as_long_as_asked(videos, tmp_path):
-    assert (
-        vssm("sample", videos, "--output", tmp_path / "s.npz", "--count", 2, "--steps", 1, "--frames", 9, "--stream")
-        == 0
-    )
-    assert np.load(tmp_path / "s.npz")["videos"].shape == (2, 9, 16, 16, 3)
+    flags = ["--count", 2, "--steps", 1, "--first-steps", 2, "--frames", 9]
+    assert vssm("sample", videos, "--output", tmp_path / "s.npz", *flags) == 0
+    clips = np.load(tmp_path / "s.npz")["videos"]
+    stream = VideoStream(load_generator(videos), seeds=[0, 1], num_inference_steps=1, first_frame_steps=2)
+    for i in range(9):
+        frame = (next(stream) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(clips[:, i], frame), f"frame {i} is not that of a stream"
+    facts = json.loads((tmp_path / "s.npz.json").read_text())
+    assert facts["stream"] is True
+    assert facts["first_steps"] == 2
 
 
 def test_scores_of_pictures_with_their_protocol(images, judge, real, tmp_path, capsys):
@@ -204,7 +210,7 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
             (images, "--output", tmp_path / "a.png", "--scheduler", "ddim"),
             "no scheduler 'ddim'",
         ),
-        ((images, "--output", tmp_path / "a.png", "--frames", 3), "--frames and --stream are for videos"),
+        ((images, "--output", tmp_path / "a.png", "--frames", 3), "--frames is for videos"),
         ((videos, "--output", tmp_path / "a.gif", "--classes", "x"), "trained without classes"),
         ((judge, "--output", tmp_path / "a.png"), "is no generator"),
         ((tmp_path / "none", "--output", tmp_path / "a.png"), "no generator at"),
@@ -215,7 +221,9 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
         ((images, "--output", tmp_path / "a.png", "--classes", 10**20), f"there is no class '{10**20}'"),
         ((images, "--output", tmp_path / "folder.png"), "output is the folder .*folder.png/samples.png"),
         ((videos, "--output", tmp_path / "a.gif", "--fps", 1e-5), "fps must be 0.01 to 1000"),
-        ((videos, "--output", tmp_path / "a.gif", "--stream", "--frames", 0), "frames must be 1 or more, got 0"),
+        ((videos, "--output", tmp_path / "a.gif", "--frames", 0), "frames must be 1 or more, got 0"),
+        ((videos, "--output", tmp_path / "a.gif", "--first-steps", 0), "first_steps must be 1 or more, got 0"),
+        ((images, "--output", tmp_path / "a.png", "--first-steps", 2), "--first-steps is for models that stream"),
     ]:
         with pytest.raises(UserError, match=message):
             vssm("sample", *arguments)
@@ -228,7 +236,7 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
     (tmp_path / "file").write_text("mine")
     for verb, arguments, message in [
         ("eval", (images, real, "--classifier", judge, "--rounds", 0), "rounds must be 8 or more, got 0"),
-        ("eval", (images, real, "--classifier", judge, "--frames", 2), "--frames and --stream are for videos"),
+        ("eval", (images, real, "--classifier", judge, "--frames", 2), "--frames is for videos"),
         ("eval", (images, tmp_path / "broken.npz", "--count", 8, "--steps", 1), "cannot read .*broken.npz"),
         ("reference", (real, tmp_path / "o.npz", "--classifier", judge, "--keep", -3), "keep must be 8 or more"),
         ("reference", ("synthetic", tmp_path / "o.npz", "--frames", 4, "--count", 0), "count must be 8 or more"),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from generation.conditioning import grid_positions
 from generation.dim import PATCHES, SIZES, DiM
-from generation.layouts import expand_layout
+from generation.layouts import expand_layout, turned
 from kernels.testing import assert_close
 from tests.generation.small_models import small_dim
 from vision_ssm.errors import UserError
@@ -248,6 +248,18 @@ def test_positions_of_a_grid():
     assert torch.unique(positions, dim=0).shape == (15, 8)
     assert torch.equal(positions[7], torch.cat([grid_positions(2, 1, 8, positions.device)[1, :4], positions[2, 4:]]))
     assert_close("cosine first", positions[1, 4], torch.tensor(1.0).cos(), rel=1e-6)
+
+
+@pytest.mark.parametrize("front", [0, 2])
+def test_columns_are_rows_of_the_turned_grid(front):
+    block = small_dim(layout="c", width=32).blocks[0]
+    x, condition = torch.randn(2, 3, front + 12, 32), torch.randn(2, 1, 1, 32)
+    down = [*range(front), *(front + 4 * row + column for column in range(4) for row in range(3))]
+    assert torch.equal(turned(x, 3, 4), x[:, :, down])
+    with torch.no_grad():
+        by_columns = block(x, condition, (3, 4))
+        block.letter = "s"
+        assert_close("columns", by_columns[:, :, down], block(x[:, :, down], condition, (4, 3)), rel=1e-6)
 
 
 def test_layouts():

@@ -130,6 +130,11 @@ def video_settings(run_dir: Path, **changes) -> GenerateConfig:
     )
 
 
+def test_a_causal_model_needs_a_level_per_frame(tmp_path):
+    with pytest.raises(UserError, match="objective.per_frame true only"):
+        video_settings(tmp_path / "run", model={"layout": "st", "causal": True})
+
+
 def test_a_causal_video_model_trains_with_a_level_per_frame(tmp_path):
     config = video_settings(
         tmp_path / "run", model={"layout": "st", "causal": True}, objective={"per_frame": True}, train={"steps": 3}
