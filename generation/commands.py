@@ -38,7 +38,7 @@ def sample(
         scheduler: euler, heun, dpm++ or unipc for flow; dpm++, ddim, ddpm or unipc for eps, x0 and v.
         frames: Length of clips; by default that of the training. A causal model draws one frame after the other,
             for as long as you like, with constant memory.
-        first_steps: Of such a model's first frame, which decides what the others show; by default --steps.
+        first_steps: Of its first two frames, which decide what the others show and how it moves; by default --steps.
         fps: Frames per second of films.
         batch_size: Samples that go through the network together; the result is the same for any.
         device: auto, cpu or cuda.
@@ -95,7 +95,7 @@ def eval(
         scheduler: By default that of the weights.
         seed: Of the first sample.
         frames: Length of clips; by default that of the training.
-        first_steps: Of the first frame of a causal model's clips; by default --steps.
+        first_steps: Of the first two frames of a causal model's clips; by default --steps.
         batch_size: Samples that go through the network together.
         rounds: Resamplings of the 95 % intervals.
         device: auto, cpu or cuda.

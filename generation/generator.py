@@ -155,7 +155,7 @@ def draw(
         labels: a class per sample; None without classes.
         seeds: one per sample.
         steps: of the sampler.
-        first_steps: of a stream's first frame; by default `steps`.
+        first_steps: of a stream's first two frames; by default `steps`.
         guidance: above 1 stresses the class.
         frames: length of clips; by default the model's.
         batch_size: samples that go through the network together.
@@ -176,7 +176,7 @@ def draw(
             "guidance_scale": guidance if labels is not None else 1.0,
         }
         if isinstance(pipeline, VideoDiMPipeline) and streams(pipeline):
-            stream = VideoStream(pipeline, seeds=seeds[chosen], first_frame_steps=first_steps, **shared)
+            stream = VideoStream(pipeline, seeds=seeds[chosen], first_steps=first_steps, **shared)
             length = frames or pipeline.transformer.config["sample_frames"]
             bar = tqdm(range(length), desc=f"frames of {named}", disable=None if progress else True)
             parts.append(torch.stack([_to_bytes(next(stream)) for _ in bar], dim=1))

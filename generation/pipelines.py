@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,7 @@ class VideoPipelineOutput(BaseOutput):
 
 
 class VideoDiMPipeline(DiMPipelineBase):
-    """Videos from a DiM; for videos without end see ``generation.streaming``.
+    """Videos from a DiM; for those of causal models, which have no end, see ``generation.streaming``.
 
     Args:
         transformer: The model.
@@ -283,7 +284,7 @@ class VideoDiMPipeline(DiMPipelineBase):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> VideoPipelineOutput | tuple[Any]:
-        """Draw videos, all frames together.
+        """Draw videos, all frames together; warns where the model was made to draw one after the other.
 
         Args:
             class_labels: As in ``DiMPipeline``, one per video, like all that follow.
@@ -312,6 +313,11 @@ class VideoDiMPipeline(DiMPipelineBase):
         frames = self.transformer.config["sample_frames"] if num_frames is None else num_frames
         if frames < 1:
             raise UserError(f"num_frames must be at least 1, got {frames}")
+        if self.transformer.can_stream:
+            warnings.warn(
+                "this model draws frame after frame, together they fit badly: use generation.VideoStream(pipe, ...)",
+                stacklevel=2,
+            )
         shape = (
             self._rows(labels, batch_size, generator),
             self.transformer.config["in_channels"],

@@ -48,7 +48,7 @@ def run_sample(
         guidance: above 1 stresses the class.
         scheduler: by default the weights' own.
         frames: of clips.
-        first_steps: of a stream's first frame, by default `steps`.
+        first_steps: of a causal model's first two frames, by default `steps`.
         fps: of films.
         batch_size: samples that go through the network together.
         device: auto, cpu or cuda.

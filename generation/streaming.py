@@ -30,6 +30,8 @@ from vision_ssm.files import replacing
 # Shapes: B videos, F frames, C channels, H/W height and width; R = B, or 2 B rows with guidance (without class last).
 
 FORMAT = 1
+DECIDING = 2
+"""First frames of a stream: one decides what is to be seen, the next how it moves, and chance decides both."""
 _MARK = "vssm_video_stream"
 
 
@@ -45,8 +47,8 @@ class VideoStream:
         seeds: One per video.
         class_labels: One per video, numbers or names, or None.
         num_inference_steps: Steps per frame.
-        first_frame_steps: Of the first one, which nothing precedes and which decides what all others show; None for as
-            many. Frames that follow others are nearly known, and few steps draw them best (docs/generation.md).
+        first_steps: Of the first ``DECIDING`` ones; None for as many. What follows is nearly known, and few steps draw
+            it best (docs/generation.md).
         guidance_scale: Above 1 the class is stressed; the model then runs on twice the rows.
         guidance_interval: Noise levels from 0 to 1 between which it is.
         height: In pixels; None for the model's own.
@@ -63,7 +65,7 @@ class VideoStream:
         seeds: Sequence[int] = (0,),
         class_labels: Labels = None,
         num_inference_steps: int = 25,
-        first_frame_steps: int | None = None,
+        first_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
@@ -81,7 +83,7 @@ class VideoStream:
             raise UserError(f"seeds must be whole numbers from 0, one per video, got {self.seeds}")
         if self.labels is not None and len(self.labels) != len(self.seeds):
             raise UserError(f"{len(self.labels)} class_labels for {len(self.seeds)} seeds: give one of each per video")
-        self.steps, self.first_steps = num_inference_steps, first_frame_steps
+        self.steps, self.first_steps = num_inference_steps, first_steps
         self.size = pipeline.latent_size(height, width)
         self.frame_index = 0
         """Number of the next frame."""
@@ -97,7 +99,7 @@ class VideoStream:
         shape = (1, self.model.config["in_channels"], 1, *self.size)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         device = self.pipeline._execution_device
-        steps = self.steps if self.frame_index or self.first_steps is None else self.first_steps
+        steps = self.steps if self.first_steps is None or self.frame_index >= DECIDING else self.first_steps
         timesteps = set_steps(self.pipeline.scheduler, steps, device)
         latents = denoise(
             self.pipeline.scheduler, noise.to(device), timesteps, self._predict, generator=generators
@@ -159,7 +161,7 @@ class VideoStream:
             seeds=card["seeds"],
             class_labels=card["labels"],
             num_inference_steps=card["steps"],
-            first_frame_steps=card["first_steps"],
+            first_steps=card["first_steps"],
             guidance_scale=card["guidance_scale"],
             guidance_interval=card["guidance_interval"],
             height=card["size"][0] * scale,

@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--frames", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--first-steps", type=int, default=50, help="of the first frame")
+    parser.add_argument("--first-steps", type=int, default=50, help="of the first two frames")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/check_stream"))
@@ -106,7 +106,7 @@ def check(options: argparse.Namespace) -> int:
         seeds=list(range(options.streams)),
         class_labels=class_numbers(pipeline, (), options.streams),
         num_inference_steps=options.steps,
-        first_frame_steps=options.first_steps,
+        first_steps=options.first_steps,
         guidance_scale=options.guidance,
     )
     samples, seconds, sizes = draw(stream, options.frames, device)

@@ -5,7 +5,8 @@
 2. Detection, training: a Mamba-YOLO learns to find handwritten digits on photographs, from scratch, in about 90 s.
 3. Restoration, shipped weights: photographs of scikit-image are made noisy or blurred, restored and scored beside
    classic methods on the same pixels. A task whose weights do not ship is left out and said.
-4. Generation, shipped weights: satellite pictures of ten classes, scored against statistics of real ones.
+4. Generation, shipped weights: satellite pictures of ten classes, and videos of moving shapes drawn frame after frame,
+   each scored against statistics of real ones.
 """
 
 import json
@@ -25,10 +26,10 @@ from detection.predict_options import PredictOptions
 from detection.report import write_report
 from detection.samples import make_scenes, make_trees
 from detection.train import DetectionTask, train_detector
-from generation.evaluate import score_features, stored_reference, table
+from generation.evaluate import score_attributes, score_features, stored_reference, table
 from generation.features import ClassifierFeatures
 from generation.generator import draw, load_generator
-from generation.outputs import save_samples
+from generation.outputs import picture_grid, save_samples
 from generation.sample import class_numbers
 from restoration.evaluate import run_eval
 from restoration.pairs import run_degrade
@@ -53,6 +54,9 @@ RESTORATIONS = {
 PICTURES_WEIGHTS = "eurosat_dim"
 LEAST_RIGHT = 0.6
 """Share of the generated pictures in which the judge sees the class that was asked for."""
+VIDEO_WEIGHTS = "shapes_stream"
+MOST_FLOORS = 6.0
+"""Largest distance of an attribute of the generated videos, in that of as many real ones (few: it is large itself)."""
 
 
 def trees() -> None:
@@ -157,6 +161,23 @@ def generated() -> None:
         sys.exit(f"demo: fewer than {LEAST_RIGHT:.0%} of the generated pictures are of the class that was asked for")
 
 
+def streamed() -> None:
+    """Draw short videos of moving shapes with the shipped weights, frame after frame, and score them."""
+    begun = time.perf_counter()
+    print("\n== Moving shapes, generated frame after frame with shipped weights ==")
+    pipeline, real = load_generator(VIDEO_WEIGHTS), stored_reference(VIDEO_WEIGHTS)
+    labels = class_numbers(pipeline, (), 12)
+    assert real is not None
+    clips = draw(pipeline, labels, list(range(len(labels or ()))), steps=8, first_steps=50)
+    save_samples(OUT / "generated" / "shapes.mp4", clips)
+    save_picture(OUT / "generated" / "shapes.png", picture_grid(clips))
+    scores = score_attributes(clips, real)
+    print(table(scores, real.about))
+    print(f"{time.perf_counter() - begun:.0f} s")
+    if max(scores["in_floors"].values()) > MOST_FLOORS:
+        sys.exit(f"demo: generated videos differ from real ones by more than {MOST_FLOORS:g} floors")
+
+
 def main() -> None:
     """Run all parts."""
     torch.manual_seed(0)
@@ -164,9 +185,10 @@ def main() -> None:
     scenes()
     photographs()
     generated()
+    streamed()
     shown = ["trees/pictures", "trees_val/samples.jpg", "scenes/samples.jpg"]
     shown += [f"{task}/side_by_side.png" for task in RESTORATIONS if (OUT / task / "side_by_side.png").exists()]
-    shown.append("generated/eurosat.png")
+    shown += ["generated/eurosat.png", "generated/shapes.png", "generated/shapes.mp4"]
     print("\nPictures to look at: " + ", ".join(f"{OUT}/{name}" for name in shown))
 
 

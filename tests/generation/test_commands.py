@@ -126,7 +126,7 @@ def test_a_stream_is_as_long_as_asked(videos, tmp_path):
     flags = ["--count", 2, "--steps", 1, "--first-steps", 2, "--frames", 9]
     assert vssm("sample", videos, "--output", tmp_path / "s.npz", *flags) == 0
     clips = np.load(tmp_path / "s.npz")["videos"]
-    stream = VideoStream(load_generator(videos), seeds=[0, 1], num_inference_steps=1, first_frame_steps=2)
+    stream = VideoStream(load_generator(videos), seeds=[0, 1], num_inference_steps=1, first_steps=2)
     for i in range(9):
         frame = (next(stream) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         assert np.array_equal(clips[:, i], frame), f"frame {i} is not that of a stream"

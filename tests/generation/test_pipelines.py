@@ -53,6 +53,11 @@ def test_a_sample_does_not_depend_on_its_batch(kind, name):
     assert (three[1] - three[0]).abs().max() > 1e-2
 
 
+def test_a_model_that_streams_is_not_drawn_at_once_in_silence():
+    with pytest.warns(UserWarning, match="use generation.VideoStream"):
+        videos(layout="st", causal=True)([0], num_inference_steps=1)
+
+
 def test_a_video_does_not_depend_on_its_batch():
     pipe = videos()
     two = pipe([0, 2], generator=sample_generators([5, 6]), num_inference_steps=3, output_type="latent").frames
