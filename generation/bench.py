@@ -293,6 +293,7 @@ def _temporal_layers(dim: int) -> dict[str, Callable[[], nn.Module]]:
         for name in MEASURED:
             layers[f"{name} mixer, {how}"] = _mixer(name, dim, causal=not both)
         layers[f"s6 layer, {how}"] = _frame_layer(dim, "s6", S6_STATES, both)
+        layers[f"ssd layer, {how}"] = _frame_layer(dim, "ssd", SSD_STATES, both)
         layers[f"s4d layer, {how}"] = _frame_layer(dim, "s4d", SSD_STATES, both)
     return layers
 

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generation.frame_attention import TemporalAttention, TemporalLinearAttention
-from kernels import causal_conv1d, selective_scan
+from kernels import causal_conv1d, selective_scan, ssd
+from vision_ssm.directions import HEAD_WIDTH, SSD_STATES, first_steps
 from vision_ssm.errors import UserError
 from vision_ssm.mixing import MixingMatrix
 from vision_ssm.s4d import S4D
 from vision_ssm.scan_parameters import ScanParameters, exact, spare_from_decay
 
-Scan = Literal["s4d", "s6"]
-Kind = Literal["s4d", "s6", "attention", "linear_attention"]
+Scan = Literal["s4d", "s6", "ssd"]
+Kind = Literal["s4d", "s6", "ssd", "attention", "linear_attention"]
 Variant = Literal["glu", "mlp", "gated", "mamba"]
 CONV_SIZE = 4
 """Taps of the depthwise convolutions of `MambaLayer`."""
@@ -66,14 +67,54 @@ class S6(MixingMatrix, nn.Module):
         return cast(Tensor, y)
 
 
-SCANS: dict[str, type[S4D] | type[S6]] = {"s4d": S4D, "s6": S6}
+class SSD(MixingMatrix, nn.Module):
+    """SSD in the place of `S6`: one decay per head, products of matrices in place of the scan (Mamba-2, 2024). Ours.
+
+    Shape: (B, F, ..., C) -> (B, F, ..., C)
+
+    Args:
+        channels: C; heads are 64 wide, or as wide as the largest divisor that C and 64 have in common.
+        state_size: N.
+        reverse: Read from the last frame.
+    """
+
+    def __init__(self, channels: int, *, state_size: int = SSD_STATES, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.heads = channels // math.gcd(channels, HEAD_WIDTH)
+        self.split = (self.heads, state_size, state_size)
+        self.x_proj = nn.Linear(channels, sum(self.split), bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.dt_bias = nn.Parameter(first_steps(self.heads))
+        spare_from_decay(self.A_log, self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        y = ssd(
+            x.unflatten(-1, (self.heads, -1)),
+            dt,
+            -exact(self.A_log, x).exp(),
+            B.unsqueeze(-2),
+            C.unsqueeze(-2),
+            exact(self.D, x),
+            dt_bias=exact(self.dt_bias, x),
+            softplus=True,
+            reverse=self.reverse,
+            dim=1,
+        )
+        return cast(Tensor, y).flatten(-2)
+
+
+SCANS: dict[str, type[S4D] | type[S6] | type[SSD]] = {"s4d": S4D, "s6": S6, "ssd": SSD}
 
 
 class GLULayer(MixingMatrix, nn.Module):
     """Each direction is a scan, an activation and a gated linear unit; their sum may pass an MLP.
 
     Version 1 of the paper with an MLP ("bi-s4d", the figure in its repository), version 2 of its successor without.
-    The activation before the GLU is GELU after S4D and SiLU after S6, as published.
+    The activation before the GLU is GELU after S4D and SiLU after S6, as published, and after SSD.
 
     Shape: (B, F, ..., C) -> (B, F, ..., C)
 

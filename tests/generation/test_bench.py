@@ -63,7 +63,9 @@ def test_table_json_and_plot(small, tmp_path, capsys):
     found = json.loads((tmp_path / "bench.json").read_text())
     layers = {study: {row["layer"] for row in found["rows"] if row["study"] == study} for study in _names(found)}
     assert layers["tokens"] == {ATTENTION, "s6 mixer, both ways", "ssd mixer, both ways"}
-    kinds = {f"{kind}, {how}" for kind in ("s6 mixer", "ssd mixer", "s6 layer", "s4d layer") for how in _WAYS}
+    kinds = {
+        f"{kind}, {how}" for kind in ("s6 mixer", "ssd mixer", "s6 layer", "ssd layer", "s4d layer") for how in _WAYS
+    }
     assert layers["temporal"] == {ATTENTION} | kinds
     assert layers["one streamed frame"] == {ATTENTION, "s6 mixer, causal", "ssd mixer, causal"}
     assert [row["length"] for row in found["rows"][:4]] == [8, 16, 8, 16]
@@ -71,7 +73,7 @@ def test_table_json_and_plot(small, tmp_path, capsys):
         assert row["problem"] is None
         assert row["forward"]["median"] > 0
         assert (row["both"] is None) == (row["kept_bytes"] is None) == (row["study"] == "one streamed frame")
-    assert len(found["crossings"]) == 2 + 8
+    assert len(found["crossings"]) == 2 + 10
     written = (tmp_path / "bench.md").read_text()
     assert all(line in printed for line in written.splitlines())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

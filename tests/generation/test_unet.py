@@ -13,7 +13,7 @@ from vision_ssm.training.optim import parameter_groups
 
 TINY = dict(dim=8, dim_mults=(1, 2), heads=1, head_width=8, groups=4, state_size=4, hidden=8)
 WIDE = dict(dim=112, heads=14, state_size=16, hidden=None)
-KINDS = ("s4d", "s6", "attention", "linear_attention")
+KINDS = ("s4d", "s6", "ssd", "attention", "linear_attention")
 
 
 def tiny(**changes: object) -> SSMVideoUNet:
@@ -95,7 +95,7 @@ def test_bfloat16_weights_and_autocast(kind):
 
 
 @pytest.mark.parametrize("variant", ["glu", "mlp", "gated", "mamba"])
-@pytest.mark.parametrize("kind", ["s4d", "s6"])
+@pytest.mark.parametrize("kind", ["s4d", "s6", "ssd"])
 def test_one_way_layers_see_the_past_and_two_way_layers_all(kind, variant):
     x = torch.randn(1, 6, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     other = x.clone()
@@ -109,7 +109,7 @@ def test_one_way_layers_see_the_past_and_two_way_layers_all(kind, variant):
 
 
 def test_constants_of_the_scans_do_not_decay():
-    for kind, spared in (("s4d", {"log_dt", "log_A_real", "A_imag"}), ("s6", {"A_log", "D"})):
+    for kind, spared in (("s4d", {"log_dt", "log_A_real", "A_imag"}), ("s6", {"A_log", "D"}), ("ssd", {"A_log", "D"})):
         model = tiny(temporal=kind)
         groups = {group["name"]: {id(p) for p in group["params"]} for group in parameter_groups(model, 0.1)}
         named = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in spared}

@@ -86,7 +86,7 @@ VARIANTS: dict[str, Callable[[], tuple[nn.Module, list[Any]]]] = {
             temporal_layer(TemporalConfig(kind=kind, variant=variant, state_size=4, hidden=12), 6),
             [torch.randn(2, 9, 2, 6)],
         )
-        for kind in ("s4d", "s6")
+        for kind in ("s4d", "s6", "ssd")
         for variant in ("glu", "mlp", "gated", "mamba")
     },
     "temporal attention": lambda: (
