@@ -38,7 +38,8 @@ def sample(
         scheduler: euler, heun, dpm++ or unipc for flow; dpm++, ddim, ddpm or unipc for eps, x0 and v.
         frames: Length of clips; by default that of the training. A causal model draws one frame after the other,
             for as long as you like, with constant memory.
-        first_steps: Of its first two frames, which decide what the others show and how it moves; by default --steps.
+        first_steps: Of a causal model's first two frames, which decide what is seen and how it moves; by default
+            --steps.
         fps: Frames per second of films.
         batch_size: Samples that go through the network together; the result is the same for any.
         device: auto, cpu or cuda.

@@ -154,7 +154,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.objective.per_frame and not self.data.frames:
             raise UserError("objective.per_frame gives every frame its own noise level: it needs data.frames")
-        if self.model.causal and not self.objective.per_frame:
+        if self.model.causal and self.data.frames and not self.objective.per_frame:
             raise UserError(
                 "a causal model draws frame after frame, and learns that with objective.per_frame true only"
             )

@@ -14,7 +14,7 @@ from generation.attributes import attribute_distances, attribute_floors, in_floo
 from generation.config import SYNTHETIC, GenerateDataConfig
 from generation.distances import bootstrap, frechet_interval, kernel_interval, precision_recall
 from generation.features import ClassifierFeatures, Features, ScriptFeatures
-from generation.generator import draw, find_weights, load_generator, shipped_names, weights_hash
+from generation.generator import draw, find_weights, load_generator, shipped_names, streams, weights_hash
 from generation.outputs import write_facts
 from generation.reference import Reference, attribute_reference, feature_reference
 from generation.sample import check_request, class_numbers
@@ -144,8 +144,9 @@ def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, l
     facts = {
         "weights": str(path),
         "sha256": weights_hash(path),
-        "scheduler": type(pipeline.scheduler).__name__,
         **asdict(drawing),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "stream": streams(pipeline),
     }
     return drawn, classes, facts
 

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generation.dim import DiM
-from generation.generator import load_generator
+from generation.dim import DiM, DiMBlock
+from generation.generator import load_generator, streams
 from generation.layouts import turned
 from generation.objectives import sample_generators
 from generation.pipelines import VideoDiMPipeline
 from generation.sample import class_numbers
 from generation.sampling import denoise, set_steps
+from generation.streaming import VideoStream
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
 from vision_ssm.explain.maps import Heat, combine, make_maps
@@ -36,7 +37,7 @@ def run_explain(options: GenerateOptions) -> int:
     """
     pipeline: Any = load_generator(options.weights)
     pipeline.to(choose_device(options.device))
-    explainer = _Explainer(pipeline, options)
+    explainer = Explainer(pipeline, options)
     panels = explainer.panels(_pictures(pipeline, explainer.sample()))
     what = f"{explainer.x}, {explainer.y}" + (f" in frame {options.frame}" if explainer.video else "")
     facts = {"weights": options.weights, "patch at": what, "class": options.name or "the first", "seed": options.seed,
@@ -45,7 +46,7 @@ def run_explain(options: GenerateOptions) -> int:
     return 0
 
 
-class _Explainer:
+class Explainer:
     """Draws a sample; on the way it makes maps of the patch in question, at the steps that are wanted."""
 
     def __init__(self, pipeline: Any, options: GenerateOptions) -> None:
@@ -66,13 +67,15 @@ class _Explainer:
         self.matrices: list[tuple[str, Tensor]] = []
 
     def sample(self) -> Tensor:
-        """(1, C, H, W) or (1, C, F, H, W) latent sample."""
+        """(1, C, H, W) or (1, C, F, H, W) latent sample; of a model that streams, up to the frame in question."""
+        if streams(self.pipeline):
+            return _WatchedStream(self).up_to(self.options.frame)
         pipeline, generators = self.pipeline, sample_generators([self.options.seed])
         timesteps = set_steps(pipeline.scheduler, self.options.steps, pipeline.device)
         frames = (self.length,) if self.video else ()
         shape = (1, self.model.config["in_channels"], *frames, *self.size)
         noise = torch.randn(shape, generator=generators[0]).to(pipeline.device)
-        return denoise(pipeline.scheduler, noise, timesteps, self._predict, generator=generators)
+        return denoise(pipeline.scheduler, noise, timesteps, self.predict, generator=generators)
 
     def panels(self, pictures: np.ndarray) -> list[Panel]:
         """Maps over the frames (F, H, W, 3) that count most, then matrices."""
@@ -93,17 +96,19 @@ class _Explainer:
         length = (frames or self.model.config["sample_frames"]) if self.video else 1
         if not 0 <= frame < length:
             raise UserError(f"frame must be 0 to {length - 1}, got {frame}")
-        return length
+        return frame + 1 if streams(self.pipeline) else length
 
-    def _predict(self, noisy: Tensor, t: Tensor) -> Tensor:
+    def predict(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the model predicts, explained at the steps that are wanted."""
         self.step += 1
         if self.step not in self.wanted:
             with torch.no_grad():
                 return self.model(noisy, t, self.labels).sample
-        with torch.enable_grad(), record(self.model) as recording:
-            prediction = self.model(noisy.detach().requires_grad_(), t, self.labels).sample
-        places_by_rows(recording, self.model, self.length, self.grid)
-        self._explain(recording.select(self.options.layer), prediction)
+        with torch.enable_grad():
+            with record(self.model) as recording:
+                prediction = self.model(noisy.detach().requires_grad_(), t, self.labels).sample
+            in_order(recording, self.model, self.length, self.grid)
+            self._explain(recording.select(self.options.layer), prediction)
         return prediction.detach()
 
     def _explain(self, chosen: Recording, prediction: Tensor) -> None:
@@ -120,13 +125,45 @@ class _Explainer:
         self.maps += [
             (f"{when}, {title}", _by_frame(heats, self.length, self.extra, self.grid)) for title, heats in found
         ]
-        matrix = _frames_by_frames(chosen, self.length) if self.video else None
+        matrix = _frames_by_frames(chosen, self.model, self.length) if self.video else None
         if matrix is not None:
             self.matrices.append((f"{when}, frames by frames", matrix))
 
 
-def places_by_rows(recording: Recording, model: DiM, frames: int, grid: tuple[int, int]) -> None:
-    """Let layers that read columns name their positions as the others do, row by row.
+class _WatchedStream(VideoStream):
+    """A stream of one video that lets the steps of a frame be explained, as part of the frames up to it."""
+
+    def __init__(self, explainer: Explainer) -> None:
+        options = explainer.options
+        super().__init__(
+            explainer.pipeline, seeds=[options.seed], class_labels=explainer.labels, num_inference_steps=options.steps
+        )
+        self.explainer = explainer
+        self.finished: list[Tensor] = []
+
+    def up_to(self, frame: int) -> Tensor:
+        """(1, C, frame + 1, H, W) latents."""
+        for _ in range(frame + 1):
+            next(self)
+        return torch.cat(self.finished, dim=2)
+
+    def _predict(self, x: Tensor, timestep: Tensor) -> Tensor:
+        if len(self.finished) < self.explainer.options.frame:
+            return super()._predict(x, timestep)
+        levels = torch.zeros(1, len(self.finished) + 1, device=x.device)  # finished frames are without noise
+        levels[:, -1] = timestep
+        return self.explainer.predict(torch.cat([*self.finished, x], dim=2), levels)[:, :, -1:]
+
+    def _read(self, latents: Tensor) -> None:
+        self.finished.append(latents)
+        super()._read(latents)
+
+
+def in_order(recording: Recording, model: DiM, frames: int, grid: tuple[int, int]) -> None:
+    """Let all layers name their positions frame by frame and row by row.
+
+    Some were given them in another order: those that read columns, and those along time whose mixers bring the axis
+    that they read to the front.
 
     Args:
         recording: Of the model; changed in place.
@@ -134,11 +171,20 @@ def places_by_rows(recording: Recording, model: DiM, frames: int, grid: tuple[in
         frames: Of the sample.
         grid: Rows and columns of its places.
     """
-    blocks: Any = model.blocks
     for layer in recording.layers:
-        if blocks[int(layer.name.split(".")[1])].letter == "c":
-            places = torch.arange(layer.places, device=layer.mixings[0].output.device).view(1, frames, -1, 1)
-            layer.mixings = [replace(mixing, order=turned(places, *grid).flatten()) for mixing in layer.mixings]
+        block, places = _block(model, layer), torch.arange(layer.places, device=layer.mixings[0].output.device)
+        if block.letter == "c":
+            order = turned(places.view(1, frames, -1, 1), *grid)
+        elif block.letter == "t" and not block.mixer.recurrent:
+            order = places.view(frames, -1).T
+        else:
+            continue
+        layer.mixings = [replace(mixing, order=order.flatten()) for mixing in layer.mixings]
+
+
+def _block(model: DiM, layer: Layer) -> DiMBlock:
+    blocks: Any = model.blocks
+    return blocks[int(layer.name.split(".")[1])]
 
 
 def _by_frame(heats: list[Heat], frames: int, extra: int, grid: tuple[int, int]) -> Tensor:
@@ -153,14 +199,14 @@ def _loudest(heat: Tensor, frame: int, most: int = 3) -> list[int]:
     return sorted([frame, *[k for k in order if k != frame][: most - 1]])
 
 
-def _frames_by_frames(recording: Recording, frames: int) -> Tensor | None:
+def _frames_by_frames(recording: Recording, model: DiM, frames: int) -> Tensor | None:
     """(F, F): mean over places, channels and layers along time of |M|; None without such layers."""
     total = torch.zeros(frames, frames)
     with torch.no_grad():
         for layer in recording.layers:
+            if _block(model, layer).letter != "t":
+                continue
             for _, _, part in layer.directions():
-                if part.value.shape[1] != frames:
-                    continue
                 for _, block in part.blocks():
                     total += block.abs().float().sum((0, 1)).cpu() / (part.heads * len(part.value))
     return total if total.any() else None

@@ -177,7 +177,7 @@ def draw(
         }
         if isinstance(pipeline, VideoDiMPipeline) and streams(pipeline):
             stream = VideoStream(pipeline, seeds=seeds[chosen], first_steps=first_steps, **shared)
-            length = frames or pipeline.transformer.config["sample_frames"]
+            length = pipeline.transformer.config["sample_frames"] if frames is None else frames
             bar = tqdm(range(length), desc=f"frames of {named}", disable=None if progress else True)
             parts.append(torch.stack([_to_bytes(next(stream)) for _ in bar], dim=1))
             continue
@@ -191,8 +191,8 @@ def draw(
 
 
 def streams(pipeline: Pipeline) -> bool:
-    """Whether samples are drawn frame after frame: drawn at once, the frames of a causal model would not know the
-    later ones that its noisy ones hold."""
+    """Whether samples are drawn frame after frame, as a causal model must: drawn at once, early frames could not take
+    account of what the later ones turn into."""
     return isinstance(pipeline, VideoDiMPipeline) and pipeline.transformer.can_stream
 
 

@@ -315,8 +315,9 @@ class VideoDiMPipeline(DiMPipelineBase):
             raise UserError(f"num_frames must be at least 1, got {frames}")
         if self.transformer.can_stream:
             warnings.warn(
-                "this model draws frame after frame, together they fit badly: use generation.VideoStream(pipe, ...)",
-                stacklevel=2,
+                "this model was trained to draw one frame after the other, all at once they do not fit together: use "
+                "generation.VideoStream(pipe, ...)",
+                stacklevel=3,  # beyond torch.no_grad
             )
         shape = (
             self._rows(labels, batch_size, generator),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from generation.generator import Pipeline, draw, load_generator, streams, weights_hash
+from generation.objectives import STEPS
 from generation.outputs import check_format, save_samples, write_facts
 from generation.pipelines import VideoDiMPipeline
 from vision_ssm.device import choose_device, free_memory, size_text
@@ -107,9 +108,10 @@ def check_request(
     if frames is not None and frames < 1:
         raise UserError(f"frames must be 1 or more, got {frames}")
     if first_steps is not None and not streams(pipeline):
-        raise UserError(f"{weights} draws no frame before the others; --first-steps is for models that stream")
-    if first_steps is not None and first_steps < 1:
-        raise UserError(f"first_steps must be 1 or more, got {first_steps}")
+        what = "draws all frames at once" if video else "makes pictures"
+        raise UserError(f"{weights} {what}; --first-steps is for causal models of videos")
+    if first_steps is not None and not 1 <= first_steps <= STEPS:
+        raise UserError(f"first_steps must be 1 to {STEPS}, got {first_steps}")
     length = (frames or pipeline.transformer.config["sample_frames"]) if video else 1
     size = count * length * CHANNELS * math.prod(pipeline.latent_size(None, None)) * pipeline.vae_scale_factor**2
     if size > (free := free_memory(torch.device("cpu"))):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from generation.dim import DiM, DiMBlock
 from generation.layouts import TEMPORAL
-from generation.objectives import check_scheduler
+from generation.objectives import STEPS, check_scheduler
 from generation.pipelines import Labels, VideoDiMPipeline
 from generation.sampling import Guidance, check_guidance, denoise, set_steps
 from vision_ssm.directions import ScanState
@@ -79,6 +79,8 @@ class VideoStream:
         self.labels = pipeline.get_label_ids(class_labels)
         self.guidance = Guidance(guidance_scale, guidance_interval)
         check_guidance(self.guidance, self.labels)
+        if first_steps is not None and not 1 <= first_steps <= STEPS:
+            raise UserError(f"first_steps must be 1 to {STEPS}, got {first_steps}")
         if not self.seeds or min(self.seeds) < 0:
             raise UserError(f"seeds must be whole numbers from 0, one per video, got {self.seeds}")
         if self.labels is not None and len(self.labels) != len(self.seeds):
@@ -161,7 +163,7 @@ class VideoStream:
             seeds=card["seeds"],
             class_labels=card["labels"],
             num_inference_steps=card["steps"],
-            first_steps=card["first_steps"],
+            first_steps=card.get("first_steps"),
             guidance_scale=card["guidance_scale"],
             guidance_interval=card["guidance_interval"],
             height=card["size"][0] * scale,

@@ -79,8 +79,8 @@ class SSMVideoUNet(ModelMixin, ConfigMixin):
         head_width: Of temporal attention.
         groups: Of the group norms.
         time_layers: Linear layers of the time embedding.
-        temporal: The temporal layer: "s4d" and "s6" as published, "ssd", which is faster on GPUs, or "attention" and
-            "linear_attention" for comparison.
+        temporal: The temporal layer: "s4d" and "s6" as published, "ssd" (made of matrix products; 64 states do), or
+            "attention" and "linear_attention" for comparison.
         variant: How a scan is wrapped, see `generation.temporal.TemporalConfig`.
         bidirectional: Scan from the last frame too.
         state_size: Real states per channel of a scan.

@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 import vision_ssm.explain.classifier as classifier_module
-from generation.explain import places_by_rows
+from generation.explain import Explainer, in_order
+from generation.generator import load_generator
 from generation.objectives import Objective
 from generation.pipelines import DiMPipeline, VideoDiMPipeline
+from generation.streaming import VideoStream
 from tests.generation.small_models import small_dim
 from tests.restoration.tiny_weights import save_tiny
 from vision_ssm.classify.model import Classifier
 from vision_ssm.cli import main
 from vision_ssm.explain import hidden_attention
+from vision_ssm.explain.options import GenerateOptions
 from vision_ssm.explain.recording import record
 from vision_ssm.mamba import BidirectionalMamba
 from vision_ssm.viz import save_picture
@@ -114,9 +117,35 @@ def test_layers_that_read_columns_tell_places_row_by_row(conditioning: str) -> N
         model(torch.randn(1, 3, 6, 8), 500.0, torch.tensor([1]))
     read = front + 5
     before = hidden_attention(recording, query=lambda _: [read])[0].values
-    places_by_rows(recording, model, 1, (3, 4))
+    in_order(recording, model, 1, (3, 4))
     after = hidden_attention(recording, query=lambda _: [places[read]])[0].values
     assert torch.equal(after[:, places], before)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "nc_ssd", "ssd"])
+def test_layers_along_time_tell_places_frame_by_frame(mixer: str) -> None:
+    model = small_dim(layout="t", depth=1, mixer=mixer, patch=4)
+    with record(model) as recording:
+        model(torch.randn(1, 3, 5, 8, 12), 500.0, torch.tensor([1]))
+    in_order(recording, model, 5, (2, 3))
+    seen = hidden_attention(recording, query=lambda _: [2 * 6 + 4])[0].values.view(5, 6)
+    assert (seen[:, 4] > 0).all(), "place 4 reads itself in every frame"
+    assert seen[:, [0, 1, 2, 3, 5]].max() == 0, "and no other place"
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+def test_a_frame_is_explained_as_a_stream_draws_it(frame: int, tmp_path: Path) -> None:
+    model = small_dim(layout="st", depth=2, sample_size=8, sample_frames=5, causal=True, num_classes=None, mixer="ssd")
+    pipeline = VideoDiMPipeline(model, Objective("flow").scheduler(None))
+    pipeline.save_pretrained(tmp_path / "weights")
+    options = GenerateOptions(tmp_path / "weights", output=tmp_path / "out", query="5,1", frame=frame, steps=3, shown=2)
+    explainer = Explainer(load_generator(tmp_path / "weights"), options)
+    drawn = explainer.sample()
+    stream = VideoStream(pipeline, seeds=[options.seed], num_inference_steps=3)
+    frames = torch.stack([next(stream) for _ in range(frame + 1)], dim=2)
+    assert torch.allclose((drawn / 2 + 0.5).clamp(0, 1), frames, atol=1e-5)
+    assert len(explainer.maps) == 2
+    assert all(heat.shape[0] == frame + 1 for _, heat in explainer.maps)
 
 
 class Tiny(nn.Module):

@@ -118,6 +118,7 @@ def check(options: argparse.Namespace) -> int:
     part = max(1, (options.frames - WARM) // 10)
     errors = next_frame_error(pipeline, options.steps)
     report = {
+        **{name: str(value) for name, value in vars(options).items() if name != "out"},
         "next_frame_error": {name: float(errors.quantile(share)) for name, share in (("median", 0.5), ("90 %", 0.9))},
         **stream_scores(clips, real, window=WINDOW, settled=SETTLED),
         "first_seconds_per_frame": statistics.median(seconds[WARM : WARM + part]),

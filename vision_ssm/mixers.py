@@ -70,7 +70,7 @@ class Mixer(nn.Module, ABC):
             axis: The axis along which it is a piece.
             before: State that the piece before gave, None for the first.
             after: What ``look_back`` gave for the piece after, None for the last; of no use to a causal mixer.
-            last: Nothing will go on from here: no state is made, which of short pieces is most of the numbers.
+            last: Nothing will go on from here, so no state is given, which of short pieces is most of the numbers.
 
         Returns:
             The output, and the forward state after the piece, None if ``last``.

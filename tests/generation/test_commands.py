@@ -222,8 +222,11 @@ def test_mistakes_are_told(images, videos, judge, real, tmp_path):
         ((images, "--output", tmp_path / "folder.png"), "output is the folder .*folder.png/samples.png"),
         ((videos, "--output", tmp_path / "a.gif", "--fps", 1e-5), "fps must be 0.01 to 1000"),
         ((videos, "--output", tmp_path / "a.gif", "--frames", 0), "frames must be 1 or more, got 0"),
-        ((videos, "--output", tmp_path / "a.gif", "--first-steps", 0), "first_steps must be 1 or more, got 0"),
-        ((images, "--output", tmp_path / "a.png", "--first-steps", 2), "--first-steps is for models that stream"),
+        ((videos, "--output", tmp_path / "a.gif", "--first-steps", 0), "first_steps must be 1 to 1000, got 0"),
+        (
+            (images, "--output", tmp_path / "a.png", "--first-steps", 2),
+            "makes pictures; --first-steps is for causal",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             vssm("sample", *arguments)

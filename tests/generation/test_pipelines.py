@@ -54,8 +54,9 @@ def test_a_sample_does_not_depend_on_its_batch(kind, name):
 
 
 def test_a_model_that_streams_is_not_drawn_at_once_in_silence():
-    with pytest.warns(UserWarning, match="use generation.VideoStream"):
+    with pytest.warns(UserWarning, match="use generation.VideoStream") as found:
         videos(layout="st", causal=True)([0], num_inference_steps=1)
+    assert found[0].filename == __file__
 
 
 def test_a_video_does_not_depend_on_its_batch():

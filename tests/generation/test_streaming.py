@@ -145,6 +145,21 @@ def test_saved_streams_go_on_identically(tmp_path, guidance, scheduler):
         assert again.frame_index == frames.frame_index
 
 
+def test_streams_saved_before_first_steps_were_told_go_on(tmp_path, monkeypatch):
+    pipe, card = pipeline(), VideoStream._card
+    frames = stream(pipe)
+    next(frames)
+    monkeypatch.setattr(VideoStream, "_card", lambda self: {k: v for k, v in card(self).items() if k != "first_steps"})
+    frames.save(tmp_path / "old.safetensors")
+    assert torch.equal(next(VideoStream.load(tmp_path / "old.safetensors", pipe)), next(frames))
+
+
+def test_first_steps_that_cannot_be():
+    for number in (0, 1001):
+        with pytest.raises(UserError, match=f"first_steps must be 1 to 1000, got {number}"):
+            stream(pipeline(), first_steps=number)
+
+
 def test_a_stream_goes_on_around_weights_from_another_folder(tmp_path):
     pipe = pipeline()
     frames = stream(pipe)
