@@ -70,7 +70,7 @@ def eval(
     *,
     classifier: Path | None = None,
     network: Path | None = None,
-    count: int = 5000,
+    count: int | None = None,
     steps: int = 50,
     guidance: float = 1.0,
     scheduler: str | None = None,
@@ -90,7 +90,7 @@ def eval(
             their data, without pictures), or synthetic.
         classifier: Weights of `vssm classify train`, for features and conditional accuracy.
         network: TorchScript file in its place, for real FID (Inception-v3) or FVD (I3D).
-        count: Samples to draw; compare equal numbers only.
+        count: Samples to draw, by default 5000, of moving shapes 1000; compare equal numbers only.
         steps: Of the sampler.
         guidance: Above 1 stresses the class.
         scheduler: By default that of the weights.

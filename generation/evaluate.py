@@ -1,7 +1,7 @@
 """`vssm generate eval`: how near samples are to real ones, with intervals, floors, counts and protocol."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from generation.distances import bootstrap, frechet_interval, kernel_interval, p
 from generation.features import ClassifierFeatures, Features, ScriptFeatures
 from generation.generator import draw, find_weights, load_generator, shipped_names, streams, weights_hash
 from generation.outputs import write_facts
+from generation.pipelines import VideoDiMPipeline
 from generation.reference import Reference, attribute_reference, feature_reference
 from generation.sample import check_request, class_numbers
+from generation.sources import HELD_OUT_CLIPS
 from vision_ssm.config import near_match
 from vision_ssm.device import choose_device
 from vision_ssm.errors import UserError
@@ -36,11 +38,16 @@ LEAST = 8
 """Samples, resamplings and kept features below which no score says anything."""
 
 
+DRAWN, DRAWN_CLIPS = 5_000, 1_000
+"""Samples that are drawn if not told otherwise."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How samples are drawn to be scored."""
 
-    count: int = 5_000
+    count: int | None = None
+    """None for `DRAWN`, of moving shapes `DRAWN_CLIPS`."""
     steps: int = 50
     guidance: float = 1.0
     scheduler: str | None = None
@@ -51,8 +58,8 @@ class Drawing:
 
     def __post_init__(self) -> None:
         for name, least in (("count", LEAST), ("steps", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} must be {least} or more, got {value}")
 
 
 def run_eval(
@@ -95,13 +102,23 @@ def run_eval(
         )
     if features is not None and stored is not None:
         _check_same_network(stored, features, reference)
-    drawn, labels, facts = obtain_samples(samples, drawing or Drawing(), device)
+    clips = HELD_OUT_CLIPS if stored is None or stored.attributes is None else len(stored.attributes)
+
+    def fits(count: int, side: int, frames: int) -> None:
+        if stored is not None:
+            _check_same_shape(stored, reference, side=side, frames=frames)
+        if by_attributes and count > clips // 2:
+            raise UserError(
+                f"{reference} has {clips} real clips, enough for {clips // 2} samples, not {count}: --count"
+            )
+
+    drawing = drawing or Drawing()
+    drawing = replace(drawing, count=drawing.count or (DRAWN_CLIPS if by_attributes else DRAWN))
+    drawn, labels, facts = obtain_samples(samples, drawing, device, fits)
     side, frames = drawn.shape[-1], drawn.shape[1] if drawn.ndim == 5 else 0
     config = GenerateDataConfig(side=side, frames=frames, channels=3 if drawn.shape[-3] == 3 else 1)
-    if stored is not None:
-        _check_same_shape(stored, config, reference)
     if features is None:
-        real = stored or attribute_reference(min(4_096, 2 * len(drawn) + 256), config)
+        real = stored or attribute_reference(min(HELD_OUT_CLIPS, 2 * len(drawn) + 256), config)
         scores = score_attributes(drawn, real)
     else:
         real = stored or feature_reference(reference, config, features)
@@ -113,8 +130,16 @@ def run_eval(
     return 0
 
 
-def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, list[int] | None, dict[str, Any]]:
+def obtain_samples(
+    path: Path, drawing: Drawing, device: str, fits: Callable[[int, int, int], None]
+) -> tuple[Tensor, list[int] | None, dict[str, Any]]:
     """Samples (n, C, H, W) or (n, F, C, H, W) uint8, their classes, and how they came about.
+
+    Args:
+        path: weights or an .npz of samples.
+        drawing: how they are drawn.
+        device: auto, cpu or cuda.
+        fits: told their number, side and frames (0 for pictures) before they are drawn; may refuse them.
 
     Raises:
         UserError: neither weights nor an .npz of samples.
@@ -130,13 +155,18 @@ def obtain_samples(path: Path, drawing: Drawing, device: str) -> tuple[Tensor, l
             raise UserError(
                 f"{path} holds no samples: it needs images or videos, uint8, as `vssm generate sample` writes"
             )
+        count, *frames, _, side, _ = table[key].shape
+        fits(count, side, frames[0] if frames else 0)
         labels = table["labels"].tolist() if "labels" in table else None
         return torch.from_numpy(table[key]).movedim(-1, -3), labels, {"file": str(path), "count": len(table[key])}
-    pipeline = load_generator(path, scheduler=drawing.scheduler)
-    check_request(pipeline, path, count=drawing.count, frames=drawing.frames, first_steps=drawing.first_steps)
-    classes = class_numbers(pipeline, (), drawing.count)
+    pipeline, count = load_generator(path, scheduler=drawing.scheduler), drawing.count or DRAWN
+    check_request(pipeline, path, count=count, frames=drawing.frames, first_steps=drawing.first_steps)
+    own: Any = pipeline.transformer.config
+    frames = (drawing.frames or own.sample_frames) if isinstance(pipeline, VideoDiMPipeline) else 0
+    fits(count, pipeline.latent_size(None, None)[1] * pipeline.vae_scale_factor, frames)
+    classes = class_numbers(pipeline, (), count)
     pipeline.to(choose_device(device))
-    seeds = list(range(drawing.seed, drawing.seed + drawing.count))
+    seeds = list(range(drawing.seed, drawing.seed + count))
     drawn = draw(
         pipeline, classes, seeds, steps=drawing.steps, first_steps=drawing.first_steps, guidance=drawing.guidance,
         frames=drawing.frames, batch_size=drawing.batch_size, progress=True,
@@ -189,8 +219,8 @@ def score_attributes(samples: Tensor, real: Reference) -> dict[str, Any]:
     if samples.ndim != 5 or samples.shape[1] < 2:
         raise UserError("attributes are read from clips of two frames or more, these are pictures")
     assert real.attributes is not None
-    count = min(len(samples), len(real.attributes) // 2)
-    found = measure_all(clip.permute(0, 2, 3, 1).numpy() for clip in samples[:count])
+    count = len(samples)
+    found = measure_all(clip.permute(0, 2, 3, 1).numpy() for clip in samples)
     distances = attribute_distances(found, real.attributes)
     floors = attribute_floors(real.attributes, count)
     return {"clips": count, "distance": distances, "floor": floors, "in_floors": in_floors(distances, floors)}
@@ -264,10 +294,10 @@ def stored_reference(place: str) -> Reference | None:
     return Reference.load(file) if holds_statistics else None
 
 
-def _check_same_shape(real: Reference, samples: GenerateDataConfig, source: str) -> None:
+def _check_same_shape(real: Reference, source: str, *, side: int, frames: int) -> None:
     """Attributes depend on the size of frames and the length of clips, features on the size."""
-    for name in ("side", "frames"):
-        theirs, ours = real.about.get(name), getattr(samples, name)
+    for name, ours in (("side", side), ("frames", frames)):
+        theirs = real.about.get(name)
         if theirs is not None and theirs != ours:
             raise UserError(f"{source} tells of real samples with {name} {theirs}, these have {ours}")
 

@@ -15,6 +15,8 @@ from vision_ssm.data.labelled import LabelledPictures, Split, find_labelled, spl
 from vision_ssm.data.video import VIDEO_SUFFIXES, read_frames
 from vision_ssm.errors import UserError
 
+HELD_OUT_CLIPS = 4_096
+"""Moving shapes that are not trained on."""
 _HELD_OUT_SEED = 1_000_003
 _SAMPLE_KEYS = ("images", "videos", "latents", "arr_0")
 
@@ -49,7 +51,7 @@ def find_source(config: GenerateDataConfig, split: Split, classes: Sequence[str]
     """
     place = (config.val or config.train) if split == "val" else config.train
     if place == SYNTHETIC:
-        seed, count = (0, config.clips) if split == "train" else (_HELD_OUT_SEED, 4_096)
+        seed, count = (0, config.clips) if split == "train" else (_HELD_OUT_SEED, HELD_OUT_CLIPS)
         return MovingShapes(count, frames=config.frames, side=config.side, seed=seed)
     path = Path(place)
     if not place:

@@ -275,6 +275,21 @@ def test_statistics_belong_to_samples_of_their_size(images, tmp_path):
         run_eval(tmp_path / "s.npz", "eurosat_dim", classifier=Path("eurosat"), output=tmp_path / "r.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"frames": 8}, "frames 24, these have 8"), ({"count": 1_001}, "enough for 1000 samples, not 1001: --count")],
+)
+def test_clips_that_cannot_be_scored_are_not_drawn(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("generation.evaluate.draw", None)
+    with pytest.raises(UserError, match=message):
+        run_eval(
+            Path("shapes_stream"),
+            "shapes_stream",
+            drawing=Drawing(**{"count": 8} | changes),
+            output=tmp_path / "r.json",
+        )
+
+
 def test_a_reference_that_is_not_there_is_told_before_samples_are_drawn(images, judge, tmp_path):
     many = Drawing(count=100_000)
     with pytest.raises(UserError, match="did you mean 'eurosat_dim'"):
