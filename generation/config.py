@@ -96,6 +96,8 @@ class ObjectiveConfig:
     """Of eps, x0 and v."""
     shift: float = 1.0
     """Of flow: above 1 moves noise levels up, for large pictures."""
+    sampler_shift: float | None = None
+    """The same where samples are drawn; by default as in training."""
     min_snr_gamma: float = 5.0
     """Limit of the loss weights of eps, x0 and v."""
     per_frame: bool = False

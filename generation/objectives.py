@@ -52,6 +52,8 @@ class Objective:
     """Of flow: above 1 spends more on high noise, s -> shift s / (1 + (shift - 1) s), as large images need."""
     min_snr_gamma: float = 5.0
     """Of eps, x0 and v: signal-to-noise ratios above it count no more."""
+    sampler_shift: float | None = None
+    """The same of the samplers; None for ``shift``."""
     clip_sample: bool = True
     """Of eps, x0 and v: samplers keep the clean sample in [-1, 1]. Right for pixels, wrong for latents."""
 
@@ -60,8 +62,9 @@ class Objective:
             raise UserError(f"objective must be one of {', '.join(get_args(ObjectiveName))}, got {self.kind!r}")
         if self.schedule not in get_args(ScheduleName):
             raise UserError(f"noise schedule must be cosine or linear, got {self.schedule!r}")
-        if not self.shift > 0 or not self.min_snr_gamma > 0:
-            raise UserError(f"shift and min_snr_gamma must be above 0, got {self.shift} and {self.min_snr_gamma}")
+        for name in ("shift", "min_snr_gamma", "sampler_shift"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"{name} must be above 0, got {value}")
 
     def sample_timesteps(
         self,
@@ -128,16 +131,17 @@ class Objective:
         return self._flow_scheduler(name) if self.kind == "flow" else self._step_scheduler(name)
 
     def _flow_scheduler(self, name: str) -> SchedulerMixin:
+        shift = self.shift if self.sampler_shift is None else self.sampler_shift
         if name == "euler":
-            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=self.shift)
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=shift)
         if name == "heun":
-            return FlowMatchHeunDiscreteScheduler(num_train_timesteps=STEPS, shift=self.shift)
+            return FlowMatchHeunDiscreteScheduler(num_train_timesteps=STEPS, shift=shift)
         solver = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
         return solver(
             num_train_timesteps=STEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
-            flow_shift=self.shift,
+            flow_shift=shift,
         )
 
     def _step_scheduler(self, name: str) -> SchedulerMixin:

@@ -50,6 +50,7 @@ class GenerateTask(Task):
             config.objective.schedule,
             config.objective.shift,
             config.objective.min_snr_gamma,
+            config.objective.sampler_shift,
             clip_sample=config.data.vae is None,
         )
         self.arguments = self._arguments(tuple(self.held_out[0].shape[1:]))

@@ -148,7 +148,8 @@ def test_schedulers_that_scale_their_input_work_too():
     [
         (lambda: Objective("score"), "flow, eps, x0, v"),
         (lambda: Objective(schedule="sigmoid"), "cosine or linear"),
-        (lambda: Objective(shift=0.0), "above 0"),
+        (lambda: Objective(shift=0.0), "shift must be above 0"),
+        (lambda: Objective(sampler_shift=-1.0), "sampler_shift must be above 0"),
         (lambda: Objective().scheduler("ddim"), "euler, heun, dpm\\+\\+, unipc"),
         (lambda: Objective("v").scheduler("euler"), "dpm\\+\\+, ddim, ddpm, unipc"),
         (lambda: Objective().add_noise(torch.zeros(2, 3, 4, 4), torch.zeros(3), torch.zeros(2, 3, 4, 4)), "one per"),
@@ -159,3 +160,14 @@ def test_schedulers_that_scale_their_input_work_too():
 def test_values_that_cannot_be(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++", "unipc"])
+def test_samplers_may_spread_their_levels_as_the_training_did_not(name):
+    own, same, plain = (
+        Objective(**o).scheduler(name) for o in ({"shift": 3.0, "sampler_shift": 1.0}, {"shift": 3.0}, {})
+    )
+    for scheduler in (own, same, plain):
+        scheduler.set_timesteps(8)
+    assert torch.equal(own.sigmas, plain.sigmas)
+    assert own.sigmas[-2] < same.sigmas[-2] / 2
