@@ -277,10 +277,13 @@ def test_a_stream_on_the_gpu_is_that_of_the_cpu(mixer):
         assert_close(f"frame {i}", next(got).cpu(), frame, rel=5e-3)
 
 
-def test_a_whole_video_of_a_causal_model_draws_like_any_other():
+def test_a_whole_video_of_a_causal_model_is_drawn_with_a_warning():
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
-    frames = pipe([0], num_frames=4, num_inference_steps=2, generator=sample_generators([0]), output_type="pt").frames
+    with pytest.warns(UserWarning, match="one frame after the other"):
+        frames = pipe(
+            [0], num_frames=4, num_inference_steps=2, generator=sample_generators([0]), output_type="pt"
+        ).frames
     assert frames.shape == (1, 4, 3, 8, 8)
 
 
