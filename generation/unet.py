@@ -79,7 +79,7 @@ class SSMVideoUNet(ModelMixin, ConfigMixin):
         head_width: Of temporal attention.
         groups: Of the group norms.
         time_layers: Linear layers of the time embedding.
-        temporal: The temporal layer: "s4d" and "s6" as published, "ssd" (made of matrix products; 64 states do), or
+        temporal: The temporal layer: "s4d" and "s6" as published, "ssd" (matrix products; give it `state_size` 64), or
             "attention" and "linear_attention" for comparison.
         variant: How a scan is wrapped, see `generation.temporal.TemporalConfig`.
         bidirectional: Scan from the last frame too.

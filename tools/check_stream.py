@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -40,13 +41,13 @@ WARM = 4
 """First frames, whose time is not counted: kernels are compiled then."""
 
 
-def memory(stream: VideoStream, device: torch.device) -> int:
-    """Bytes that tensors take on a GPU; else what the stream remembers, for the process's own number moves by more."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else stream.state_bytes
+def memory(device: torch.device) -> int:
+    """Bytes that tensors take on a GPU, else those of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def draw(stream: VideoStream, frames: int, device: torch.device) -> tuple[Tensor, list[float], list[int]]:
-    """Frames (n, F, C, S, S) uint8, seconds of each, and memory after each."""
+    """Frames (n, F, C, S, S) uint8, seconds of each, and memory after each without the frames that are kept here."""
     kept, seconds, sizes = [], [], []
     for _ in range(frames):
         clock = time.perf_counter()
@@ -56,7 +57,7 @@ def draw(stream: VideoStream, frames: int, device: torch.device) -> tuple[Tensor
         seconds.append(time.perf_counter() - clock)
         kept.append((frame.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8))
         del frame
-        sizes.append(memory(stream, device))
+        sizes.append(memory(device) - (0 if device.type == "cuda" else sum(k.nbytes for k in kept)))
     return torch.stack(kept, dim=1), seconds, sizes
 
 
@@ -122,6 +123,7 @@ def check(options: argparse.Namespace) -> int:
         **stream_scores(clips, real, window=WINDOW, settled=SETTLED),
         "first_seconds_per_frame": statistics.median(seconds[WARM : WARM + part]),
         "last_seconds_per_frame": statistics.median(seconds[-part:]),
+        "state_bytes": stream.state_bytes,
         "first_memory": sizes[WARM],
         "last_memory": sizes[-1],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
