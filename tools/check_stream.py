@@ -9,6 +9,7 @@ Told besides: how far bodies are from where they would be in the frame that foll
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -42,14 +43,18 @@ WARM = 4
 
 
 def memory(device: torch.device) -> int:
-    """Bytes that tensors take on a GPU, else those of the process."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    """Bytes that tensors take on a GPU, else those of the process (with glibc without what is free)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+    return psutil.Process().memory_info().rss
 
 
 def draw(stream: VideoStream, frames: int, device: torch.device) -> tuple[Tensor, list[float], list[int]]:
-    """Frames (n, F, C, S, S) uint8, seconds of each, and memory after each without the frames that are kept here."""
+    """Frames (n, F, C, S, S) uint8, seconds of each, and memory early and late without the frames kept here."""
     kept, seconds, sizes = [], [], []
-    for _ in range(frames):
+    for number in range(frames):
         clock = time.perf_counter()
         frame = next(stream)
         if device.type == "cuda":
@@ -57,7 +62,8 @@ def draw(stream: VideoStream, frames: int, device: torch.device) -> tuple[Tensor
         seconds.append(time.perf_counter() - clock)
         kept.append((frame.cpu().float().clamp(0, 1) * 255).round().to(torch.uint8))
         del frame
-        sizes.append(memory(device) - (0 if device.type == "cuda" else sum(k.nbytes for k in kept)))
+        if number in (WARM, frames - 1):
+            sizes.append(memory(device) - (0 if device.type == "cuda" else sum(k.nbytes for k in kept)))
     return torch.stack(kept, dim=1), seconds, sizes
 
 
@@ -124,7 +130,7 @@ def check(options: argparse.Namespace) -> int:
         "first_seconds_per_frame": statistics.median(seconds[WARM : WARM + part]),
         "last_seconds_per_frame": statistics.median(seconds[-part:]),
         "state_bytes": stream.state_bytes,
-        "first_memory": sizes[WARM],
+        "first_memory": sizes[0],
         "last_memory": sizes[-1],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
