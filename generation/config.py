@@ -48,6 +48,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class PastConfig:
+    """Errors of the past that each frame is learned after, such as a stream's own frames will have.
+
+    How large they are is drawn for each clip, evenly from 0 to the number here.
+    """
+
+    noise: float = 0.1
+    """Standard deviation of noise in half of the clips; frames reach from -1 to 1."""
+    moves: float = 0.0
+    """Standard deviation, in pixels and each way, of how far each of 3 x 3 points of a frame is moved, and with them
+    what is between; at most 0.3. A motion that is read from two frames keeps their errors; if each frame is a little
+    off, it is read from many."""
+    pace: float = 0.0
+    """Standard deviation of the logarithm of the pace at which the past runs, while the next frame follows at the
+    clip's own: a stream that has become too fast or too slow finds back. For moving shapes."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("noise", 1.0), ("moves", 0.3), ("pace", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"data.past.{name} must be 0 to {most:g}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class GenerateDataConfig:
     """What to train on, and what the held-out loss is measured on."""
 
@@ -75,6 +98,8 @@ class GenerateDataConfig:
     """Decoded pictures and videos stay in memory if they take no more than this."""
     vae: Path | None = None
     """Folder of a diffusers AutoencoderKL: `train` is an .npz of latents that `vssm generate encode` made with it."""
+    past: PastConfig = field(default_factory=PastConfig)
+    """Of models that stream."""
 
     def __post_init__(self) -> None:
         for name, least in (("side", 8), ("frames", 0), ("stride", 1), ("clips", 1)):
@@ -84,6 +109,11 @@ class GenerateDataConfig:
             raise UserError(
                 "synthetic moving shapes are clips of 2 frames or more, 16 pixels or more, 3 channels; got frames "
                 f"{self.frames}, side {self.side}, channels {self.channels}"
+            )
+        if self.past.pace and self.train and self.train != SYNTHETIC:
+            raise UserError(
+                f"data.past.pace needs frames between frames, which moving shapes have (data.train {SYNTHETIC}); "
+                f"leave it 0 for {self.train}"
             )
 
 

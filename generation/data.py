@@ -16,6 +16,9 @@ from vision_ssm.training.batches import SampleKey
 
 # Shapes: C channels, F frames, S side.
 
+_PACE_KEPT = 0.9
+"""Share of a past's deviation from the clip's pace that is left after a frame."""
+
 
 class Samples(Dataset):
     """Samples of a source; a key (seed, epoch, index) always gives the same one.
@@ -90,6 +93,39 @@ class Samples(Dataset):
         if sample.ndim != wanted:
             kind = "clips; set data.frames to their length" if sample.ndim == 4 else "pictures; set data.frames to 0"
             raise UserError(f"the data are {kind}")
+
+
+class PacedSamples(Samples):
+    """Moving shapes after pasts that run faster and slower, as streams come to: (frames, class, past).
+
+    Frame t is the one that follows frame t - 1 of the past at the clip's own pace, and the first ones are the same; so
+    what is given first is no clip, but a next frame to each past.
+    """
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, Tensor]:  # type: ignore[override]
+        """Frames and past (C, F, S, S) uint8, and their class."""
+        rng, source, count = key.rng(), self.source, self.config.frames
+        assert isinstance(source, MovingShapes)  # GenerateDataConfig takes no other with a pace
+        past = paced_times(count, self.config.past.pace * rng.uniform(), rng)
+        both = source.read_at(key.index, np.concatenate(([0], past[:-1] + 1, past)))
+        if self.augment:
+            both = _turned(both, self.config.augment, rng)
+        frames, before = torch.from_numpy(np.ascontiguousarray(both.transpose(3, 0, 1, 2))).split(count, dim=1)
+        return frames, source.label(key.index) if self.labelled else -1, before
+
+
+def paced_times(frames: int, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """When the frames of a past are taken, (frames,) in frames of its clip: the pace begins as the clip's and wanders.
+
+    Args:
+        frames: how many.
+        spread: standard deviation of the logarithm of the pace after some ten frames.
+        rng: source of randomness.
+    """
+    pace = np.zeros(frames)
+    for t in range(1, frames):
+        pace[t] = _PACE_KEPT * pace[t - 1] + np.sqrt(1 - _PACE_KEPT**2) * spread * rng.standard_normal()
+    return np.exp(pace).cumsum() - 1
 
 
 def to_unit(samples: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ _REFERENCE_SIDE = 32
 """Sizes and speeds below are for this side and grow with it."""
 _RADIUS, _SPEED = (3.5, 5.0), (0.6, 1.4)
 _TRIES = 200
+_SUBSTEPS = 8
+"""Steps of the bodies from one frame to the next."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ class MovingShapes:
 
     def read(self, index: int) -> np.ndarray:
         """Clip `index`, (F, S, S, 3) uint8."""
+        return self.read_at(index, np.arange(self.frames))
+
+    def read_at(self, index: int, times: np.ndarray) -> np.ndarray:
+        """Clip `index` at other times, in frames from 0 and between them: (len(times), S, S, 3) uint8."""
         scene = random_scene(np.random.default_rng((self.seed, index)), self.label(index), self.side)
-        return render(scene, trajectory(scene, self.frames, self.side), self.side)
+        return render(scene, trajectory(scene, times, self.side), self.side)
 
 
 def random_scene(rng: np.random.Generator, kind: int, side: int) -> Scene:
@@ -82,25 +88,32 @@ def random_scene(rng: np.random.Generator, kind: int, side: int) -> Scene:
     return Scene(kind, places, velocities, radius, rng.choice(len(COLORS), count, replace=False))
 
 
-def trajectory(scene: Scene, frames: int, side: int, *, substeps: int = 8) -> np.ndarray:
-    """Places of the bodies in every frame, (F, N, 2); walls reflect, bodies exchange velocities where they meet."""
+def trajectory(scene: Scene, times: np.ndarray, side: int) -> np.ndarray:
+    """Places of the bodies, (len(times), N, 2); walls reflect, bodies exchange velocities where they meet.
+
+    Args:
+        scene: what is there at time 0.
+        times: in frames, from 0.
+        side: of the frame.
+    """
     # plain numbers: with arrays of two or four this loop takes twenty times as long, and a GPU waits for its data
     places, velocities = scene.places.ravel().tolist(), scene.velocities.ravel().tolist()  # x0, y0, x1, y1
-    track = np.empty((frames, len(places)))
+    track = [list(places)]
     low, high = scene.radius, side - scene.radius
-    for frame in range(frames):
-        track[frame] = places
-        for _ in range(substeps):
-            for i, velocity in enumerate(velocities):
-                place = places[i] + velocity / substeps
-                if place < low:
-                    place, velocities[i] = 2 * low - place, abs(velocity)
-                elif place > high:
-                    place, velocities[i] = 2 * high - place, -abs(velocity)
-                places[i] = place
-            if len(places) == 4:
-                _bounce(places, velocities, scene.radius)
-    return track.reshape(frames, -1, 2)
+    for _ in range(math.ceil(times.max() * _SUBSTEPS)):
+        for i, velocity in enumerate(velocities):
+            place = places[i] + velocity / _SUBSTEPS
+            if place < low:
+                place, velocities[i] = 2 * low - place, abs(velocity)
+            elif place > high:
+                place, velocities[i] = 2 * high - place, -abs(velocity)
+            places[i] = place
+        if len(places) == 4:
+            _bounce(places, velocities, scene.radius)
+        track.append(list(places))
+    steps = np.arange(len(track)) / _SUBSTEPS
+    places_at = [np.interp(times, steps, places) for places in zip(*track, strict=True)]
+    return np.stack(places_at, axis=1).reshape(len(times), -1, 2)
 
 
 def render(scene: Scene, track: np.ndarray, side: int) -> np.ndarray:

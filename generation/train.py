@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from generation.config import GenerateConfig, GenerateDataConfig
-from generation.data import Samples, to_pixels, to_unit
+from generation.data import PacedSamples, Samples, to_pixels, to_unit
 from generation.dim import DiM
 from generation.generator import build_pipeline, draw, load_generator
 from generation.objectives import STEPS, Objective
@@ -26,9 +27,10 @@ from vision_ssm.viz import save_picture
 
 _STREAMED = 0.75
 """Share of the batches of a per-frame objective in which every frame follows a past without noise levels, as in a
-stream; in the others frames see one another's noise, as where a clip is drawn at once."""
-_PAST_NOISE = 0.1
-"""Largest standard deviation of what is added to half of the pasts, so that a stream bears its own small errors."""
+stream; in the others frames see one another's noise, as where a clip is drawn at once. All of them with a pace of the
+past, whose frames are no clip."""
+_PARTS = 3
+"""Rows and columns of points of a past frame that move by themselves, and what is between them with them."""
 
 
 class GenerateTask(Task):
@@ -41,7 +43,7 @@ class GenerateTask(Task):
         self.settings, self.resumed = config, resumed
         self.streams = False  # whether the network that was built learns frames after their past
         source = find_source(config.data, "train")
-        self.samples = Samples(source, config.data)
+        self.samples = (PacedSamples if config.data.past.pace else Samples)(source, config.data)
         self.classes = list(source.classes) if self.samples.labelled else []
         held_out = Samples(find_source(config.data, "val", self.classes or None), config.data, augment=False)
         self.held_out = held_out.held_out(config.watch.held_out)
@@ -80,6 +82,12 @@ class GenerateTask(Task):
         """The network, with the weights it starts from (a resumed run has its own)."""
         model = DiM(**self.arguments)
         self.streams = self.settings.objective.per_frame and model.can_stream
+        past = self.settings.data.past
+        if (past.moves or past.pace) and not self.streams:
+            raise UserError(
+                "data.past.moves and data.past.pace are for models that stream: set model.causal and "
+                "objective.per_frame to true and take scans along time, or leave them 0"
+            )
         if self.settings.model.recompute:
             model.enable_gradient_checkpointing()
         if self.settings.weights is not None and not self.resumed:
@@ -94,12 +102,12 @@ class GenerateTask(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Weighted squared error of the prediction."""
-        samples, labels = batch
+        samples, labels, *paced = batch
         x0 = to_unit(samples)
         shape = (len(x0), x0.shape[2]) if self.settings.objective.per_frame else (len(x0),)
         given = {"class_labels": labels if self.classes else None}
-        if self.streams and torch.rand(()) < _STREAMED:
-            given["past"] = self._past(x0)
+        if self.streams and (torch.rand(()) < _STREAMED or paced):
+            given["past"] = self._past(to_unit(paced[0]) if paced else x0)
         t = self.objective.sample_timesteps(shape, device=x0.device)
         noisy, target, weight = self.objective.add_noise(x0, t, torch.randn_like(x0))
         prediction = model(noisy, t, **given, return_dict=False)[0]
@@ -119,11 +127,17 @@ class GenerateTask(Task):
         if self.settings.data.vae is None:
             save_picture(run_dir / "first_batch.png", picture_grid(_frames_first(to_pixels(to_unit(batch[0][:16])))))
 
-    def _past(self, x0: Tensor) -> Tensor:
-        """What a stream has drawn before: the real frames, half of them a little off."""
-        rows = (len(x0), 1, 1, 1, 1)
-        off = _PAST_NOISE * torch.rand(rows, device=x0.device) * torch.randint(2, rows, device=x0.device)
-        return x0 + off * torch.randn_like(x0)
+    def _past(self, frames: Tensor) -> Tensor:
+        """What a stream has drawn before: frames (B, C, F, H, W) with its small errors."""
+        errors, rows, device = self.settings.data.past, (len(frames), 1, 1, 1, 1), frames.device
+        noise = errors.noise * torch.rand(rows, device=device) * torch.randint(2, rows, device=device)
+        drawn = frames + noise * torch.randn_like(frames)
+        if not errors.moves:
+            return drawn
+        points = torch.randn(len(frames), 2 * frames.shape[2], _PARTS, _PARTS, device=device)
+        moves = F.interpolate(points, frames.shape[-2:], mode="bilinear", align_corners=True).unflatten(1, (2, 1, -1))
+        slopes = torch.stack(torch.gradient(frames, dim=(-2, -1)), dim=1)  # (B, 2, C, F, H, W)
+        return drawn - errors.moves * torch.rand(rows, device=device) * (moves * slopes).sum(dim=1)  # to first order
 
     def _arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Arguments of the network for samples (C, ...)."""

@@ -31,7 +31,8 @@ def scene(kind: int = 0, places=((10.0, 16.0),), velocities=((1.0, 0.0),)) -> Sc
 
 def test_attributes_are_those_the_clip_was_made_with():
     disc = scene()
-    values = dict(zip(ATTRIBUTES, attributes(render(disc, trajectory(disc, 8, 32), 32)), strict=True))
+    clip = render(disc, trajectory(disc, np.arange(8), 32), 32)
+    values = dict(zip(ATTRIBUTES, attributes(clip), strict=True))
     assert values["speed"] == pytest.approx(1.0, abs=0.01)
     assert values["jump"] == pytest.approx(1.0, abs=0.02)
     assert values["straightness"] < 0.02
@@ -41,12 +42,20 @@ def test_attributes_are_those_the_clip_was_made_with():
 
 def test_bodies_keep_inside_and_apart():
     two = scene(places=((10.0, 16.0), (22.0, 16.0)), velocities=((1.2, 0.1), (-0.9, 0.2)))
-    track = trajectory(two, 400, 32)
+    track = trajectory(two, np.arange(400), 32)
     assert track.min() >= 4.0 - 1e-9
     assert track.max() <= 28.0 + 1e-9
     assert np.linalg.norm(track[:, 0] - track[:, 1], axis=1).min() > 8.0
     moving = np.linalg.norm(np.diff(track, axis=0), axis=2).mean()
     assert 0.5 < moving < 1.6
+
+
+def test_frames_between_frames():
+    clips = MovingShapes(9, frames=5)
+    np.testing.assert_array_equal(clips.read_at(4, np.array([2, 0])), clips.read(4)[[2, 0]])
+    disc = scene()
+    track = trajectory(disc, np.array([0, 0.3, 1.06]), 32)
+    np.testing.assert_allclose(track[1:], disc.places + disc.velocities * np.array([0.3, 1.06])[:, None, None])
 
 
 def test_a_clip_is_always_the_same_and_others_differ():

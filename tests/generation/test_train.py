@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from generation.config import GenerateConfig
+from generation.data import to_unit
 from generation.dim import DiM
 from generation.generator import draw, load_generator
 from generation.objectives import Objective
@@ -18,7 +19,7 @@ from generation.train import GenerateTask, held_out_losses, resumed_config, run_
 from vision_ssm.checkpoint import load_checkpoint
 from vision_ssm.config import from_dict, load_config, shipped_configs
 from vision_ssm.errors import UserError
-from vision_ssm.training import train
+from vision_ssm.training import SampleKey, train
 from vision_ssm.viz import save_picture
 
 RECIPES = [name for name in shipped_configs() if name.startswith("generation/")]
@@ -124,7 +125,7 @@ def video_settings(run_dir: Path, **changes) -> GenerateConfig:
     return settings(
         Path("unused"),
         run_dir,
-        data={"train": "synthetic", "side": 16, "frames": 4, "clips": 8, "augment": "none"},
+        data={"train": "synthetic", "side": 16, "frames": 4, "clips": 8, "augment": "none", **changes.pop("data", {})},
         watch={"held_out": 4},
         **changes,
     )
@@ -164,6 +165,52 @@ def test_a_model_that_will_stream_is_trained_on_frames_after_a_past(tmp_path):
     off = torch.stack([(past - x0).flatten(1).std(dim=1) for past in pasts]).flatten()
     assert 0.3 < (off == 0).float().mean() < 0.7
     assert off.max() == pytest.approx(0.1, abs=0.01)
+
+
+def test_parts_of_a_past_are_moved_by_as_much_as_is_said(tmp_path):
+    config = video_settings(
+        tmp_path / "run", model={"layout": "st", "causal": True}, objective={"per_frame": True},
+        data={"past": {"noise": 0.0, "moves": 0.2}},
+    )  # fmt: skip
+    task, found = GenerateTask(config), []
+    for plane in torch.meshgrid(
+        *[torch.linspace(-1, 1, 32)] * 2, indexing="ij"
+    ):  # moved by d pixels: lower by 2 d / 31
+        torch.manual_seed(0)
+        clips = plane.expand(200, 3, 4, 32, 32)
+        moves = (clips - task._past(clips)) * 31 / 2
+        assert torch.allclose(moves[:, 0], moves[:, 2]), "all channels alike"
+        spread = moves[:, 0, :, 0, 0].square().mean(dim=1).sqrt()
+        assert 0 < spread.min() < 0.05, "of each clip another one"
+        assert spread.square().mean().sqrt() == pytest.approx(0.2 / 3**0.5, rel=0.15), "evenly from 0 to 0.2"
+        found += [moves[:, 0, 0, 0, 0], moves[:, 0, 0, -1, -1], moves[:, 0, 1, 0, 0]]
+    alike = torch.corrcoef(torch.stack(found)) - torch.eye(6)
+    assert alike.abs().max() < 0.25, "ways, parts and frames by themselves"
+
+
+def test_pasts_have_a_pace_of_their_own_for_models_that_stream(tmp_path):
+    past = {"past": {"pace": 0.3, "noise": 0.0}}
+    attention = {"layout": "st", "causal": True, "mixer": "attention", "state_size": None}
+    config = video_settings(tmp_path / "no", model=attention, objective={"per_frame": True}, data=past)
+    with pytest.raises(UserError, match="for models that stream"):
+        GenerateTask(config).build()
+    config = video_settings(
+        tmp_path / "run", model={"layout": "st", "causal": True}, objective={"per_frame": True}, data=past,
+        train={"steps": 2},
+    )  # fmt: skip
+    task = GenerateTask(config)
+    frames, label, own = (torch.as_tensor(part)[None] for part in task.train_data()[SampleKey(0, 0, 0)])
+    assert not torch.equal(frames, own)
+    model, pasts = task.build(), []
+
+    def called(sample, t, class_labels, return_dict, past=None):
+        pasts.append(past)
+        return model(sample, t, class_labels, return_dict, past)
+
+    for _ in range(8):
+        task.loss(called, (frames, label, own))  # type: ignore[arg-type]
+    assert all(torch.equal(past, to_unit(own)) for past in pasts), "never the frames as a clip"
+    assert train(task, config.train).last.is_dir()
 
 
 def test_weights_of_pictures_go_on_as_those_of_videos(pictures, tmp_path, capsys):
