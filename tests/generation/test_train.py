@@ -173,9 +173,8 @@ def test_parts_of_a_past_are_moved_by_as_much_as_is_said(tmp_path):
         data={"past": {"noise": 0.0, "moves": 0.2}},
     )  # fmt: skip
     task, found = GenerateTask(config), []
-    for plane in torch.meshgrid(
-        *[torch.linspace(-1, 1, 32)] * 2, indexing="ij"
-    ):  # moved by d pixels: lower by 2 d / 31
+    axis = torch.linspace(-1, 1, 32)  # what is moved by d pixels is lower by 2 d / 31
+    for plane in (axis[:, None], axis[None]):
         torch.manual_seed(0)
         clips = plane.expand(200, 3, 4, 32, 32)
         moves = (clips - task._past(clips)) * 31 / 2
