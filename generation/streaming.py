@@ -23,6 +23,7 @@ from generation.layouts import TEMPORAL
 from generation.objectives import STEPS, check_scheduler
 from generation.pipelines import Labels, VideoDiMPipeline
 from generation.sampling import Guidance, check_guidance, denoise, set_steps
+from generation.stream_graphs import StreamGraphs
 from vision_ssm.directions import ScanState
 from vision_ssm.errors import UserError
 from vision_ssm.files import replacing
@@ -53,6 +54,8 @@ class VideoStream:
         guidance_interval: Noise levels from 0 to 1 between which it is.
         height: In pixels; None for the model's own.
         width: As ``height``.
+        graph: On a GPU, capture the network's passes as CUDA graphs: small networks draw many times as fast. Its
+            weights must stay where they are, and hooks in it are not called.
 
     Raises:
         UserError: The model is not causal, or something does not fit it.
@@ -70,6 +73,7 @@ class VideoStream:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
+        graph: bool = True,
     ) -> None:
         self.pipeline = pipeline
         self.model: DiM = pipeline.transformer
@@ -89,7 +93,9 @@ class VideoStream:
         self.size = pipeline.latent_size(height, width)
         self.frame_index = 0
         """Number of the next frame."""
+        self.graph = graph
         self._states: list[ScanState] | None = None  # R rows
+        self._graphs: StreamGraphs | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -175,8 +181,8 @@ class VideoStream:
         for name, tensor in tensors.items():
             i, _, part = name.partition(".")
             parts[int(i)][part] = tensor.to(device)
-        states = [ScanState(**part) for part in parts]
-        stream._states = states if stream.frame_index else None
+        if stream.frame_index:
+            stream._go_on_from([ScanState(**part) for part in parts])
         return stream
 
     @property
@@ -188,6 +194,8 @@ class VideoStream:
         """Guided prediction for one frame (B, C, 1, H, W) that follows the finished ones."""
 
         def rows(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            if self._graphs is not None:
+                return self._graphs.predict(x.to(self.model.dtype), t, labels)
             states = self._states
             if states is not None and len(x) != self._rows:  # no guidance at this noise level: the first half is enough
                 states = [state.rows(len(x)) for state in states]
@@ -201,8 +209,18 @@ class VideoStream:
         if self._rows > len(x) and labels is not None:
             labels = torch.cat([labels, torch.full_like(labels, self.model.config["num_classes"])])
             x = torch.cat([x, x])
-        self._states = self.model.advance(x, torch.zeros((), device=x.device), labels, self._states)[1]
+        clean = torch.zeros((), device=x.device)
+        if self._graphs is not None:
+            self._graphs.read(x, clean, labels)
+        else:
+            self._go_on_from(self.model.advance(x, clean, labels, self._states)[1])
         self.frame_index += 1
+
+    def _go_on_from(self, states: list[ScanState]) -> None:
+        self._states = states
+        if self.graph and self.pipeline._execution_device.type == "cuda":
+            self._graphs = StreamGraphs(self.model, states)
+            self._states = self._graphs.states
 
     @property
     def _rows(self) -> int:

@@ -41,6 +41,16 @@ class ScanState(NamedTuple):
         """The state of the first sequences of a batch."""
         return ScanState(self.conv[:count], self.scan[:count], None if self.memory is None else self.memory[:count])
 
+    def clone(self) -> "ScanState":
+        """The same in memory of its own."""
+        return ScanState(self.conv.clone(), self.scan.clone(), None if self.memory is None else self.memory.clone())
+
+    def copy_(self, other: "ScanState") -> None:
+        """Take over another state, in place."""
+        for mine, theirs in zip(self, other, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+
 
 Read = tuple[Tensor, ScanState | None]
 """Outputs, and what goes on to the next piece; None after the last."""

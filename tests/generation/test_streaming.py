@@ -277,6 +277,26 @@ def test_a_stream_on_the_gpu_is_that_of_the_cpu(mixer):
         assert_close(f"frame {i}", next(got).cpu(), frame, rel=5e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["s6", "ssd", "s4d", "gated_conv"])
+def test_cuda_graphs_change_nothing_of_a_stream(mixer, tmp_path):
+    pipe = pipeline(mixer=mixer, polar=[1, 0] if mixer == "s4d" else [0, 0]).to("cuda")
+    options = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.7), "num_inference_steps": 3}
+    given = torch.rand(2, 2, 3, 8, 8)
+    eager, graphed = stream(pipe, graph=False, **options), stream(pipe, **options)
+    for frames in (eager, graphed):
+        frames.push(given)
+    for i in range(3):
+        assert_close(f"frame {i}", next(graphed), next(eager), rel=1e-3)
+    assert graphed._graphs is not None
+    graphed.save(tmp_path / "stream.safetensors")
+    again = VideoStream.load(tmp_path / "stream.safetensors", pipe)
+    for i in range(2):
+        frame = next(eager)
+        assert_close(f"later frame {i}", next(graphed), frame, rel=1e-3)
+        assert_close(f"frame {i} of the loaded stream", next(again), frame, rel=1e-3)
+
+
 def test_a_whole_video_of_a_causal_model_is_drawn_with_a_warning():
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
