@@ -1,6 +1,6 @@
 """A stream of moving shapes: time and memory of its frames, attributes early and late, identity, a strip to look at.
 
-    python tools/check_stream.py shapes_stream --streams 50 --frames 1000 --steps 8 --first-steps 50
+    python tools/check_stream.py shapes_stream --streams 50 --frames 1000 --steps 4 --first-steps 50
 
 Writes stream.json and strip.png to --out (frames 1, 64, 256 and the last of the first streams). Exit code 1 when a
 frame near the end takes over 10 % more time than one at the beginning, memory grows, an attribute is over twice as far
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--frames", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--first-steps", type=int, default=50, help="of the first two frames")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--device", default="auto")

@@ -168,7 +168,7 @@ def streamed() -> None:
     pipeline, real = load_generator(VIDEO_WEIGHTS), stored_reference(VIDEO_WEIGHTS)
     labels = class_numbers(pipeline, (), 12)
     assert real is not None
-    clips = draw(pipeline, labels, list(range(len(labels or ()))), steps=8, first_steps=50)
+    clips = draw(pipeline, labels, list(range(len(labels or ()))), steps=4, first_steps=50)
     save_samples(OUT / "generated" / "shapes.mp4", clips)
     save_picture(OUT / "generated" / "shapes.png", picture_grid(clips))
     scores = score_attributes(clips, real)
