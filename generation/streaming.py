@@ -54,8 +54,8 @@ class VideoStream:
         guidance_interval: Noise levels from 0 to 1 between which it is.
         height: In pixels; None for the model's own.
         width: As ``height``.
-        graph: On a GPU, capture the network's passes as CUDA graphs: small networks draw many times as fast. Its
-            weights must stay where they are, and hooks in it are not called.
+        graph: On a GPU, capture the network's passes as CUDA graphs: small networks draw many times as fast. Hooks in
+            the network are not called then.
 
     Raises:
         UserError: The model is not causal, or something does not fit it.
@@ -154,8 +154,8 @@ class VideoStream:
             save_file(tensors, temporary, metadata={"format": "pt", _MARK: json.dumps(self._card())})
 
     @classmethod
-    def load(cls, path: str | Path, pipeline: VideoDiMPipeline) -> "VideoStream":
-        """Go on with a stream that ``save`` wrote, around the same weights and scheduler.
+    def load(cls, path: str | Path, pipeline: VideoDiMPipeline, *, graph: bool = True) -> "VideoStream":
+        """Go on with a stream that ``save`` wrote, around the same weights and scheduler; ``graph`` as for a new one.
 
         Raises:
             UserError: No such file, damaged, or of another model.
@@ -174,6 +174,7 @@ class VideoStream:
             guidance_interval=card["guidance_interval"],
             height=card["size"][0] * scale,
             width=card["size"][1] * scale,
+            graph=graph,
         )
         stream.frame_index = card["frame_index"]
         device = pipeline._execution_device

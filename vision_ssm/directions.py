@@ -46,9 +46,11 @@ class ScanState(NamedTuple):
         return ScanState(self.conv.clone(), self.scan.clone(), None if self.memory is None else self.memory.clone())
 
     def copy_(self, other: "ScanState") -> None:
-        """Take over another state, in place."""
+        """Take over another state of the same form, in place."""
         for mine, theirs in zip(self, other, strict=True):
-            if mine is not None and theirs is not None:
+            if mine is not None:
+                assert theirs is not None
+                assert mine.shape == theirs.shape
                 mine.copy_(theirs)
 
 

@@ -1,5 +1,7 @@
 """Streaming: pieces equal the whole, a stream goes on identically after saving, and its state does not grow."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -277,11 +279,20 @@ def test_a_stream_on_the_gpu_is_that_of_the_cpu(mixer):
         assert_close(f"frame {i}", next(got).cpu(), frame, rel=5e-3)
 
 
+GRAPHED = {
+    "s6 with memory replay": {"mixer": "s6", "smr": 2},
+    "ssd": {"mixer": "ssd"},
+    "s4d": {"mixer": "s4d", "polar": [1, 0]},
+    "no scan": {"mixer": "gated_conv"},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mixer", ["s6", "ssd", "s4d", "gated_conv"])
-def test_cuda_graphs_change_nothing_of_a_stream(mixer, tmp_path):
-    pipe = pipeline(mixer=mixer, polar=[1, 0] if mixer == "s4d" else [0, 0]).to("cuda")
-    options = {"guidance_scale": 2.0, "guidance_interval": (0.0, 0.7), "num_inference_steps": 3}
+@pytest.mark.parametrize("kind", GRAPHED)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_cuda_graphs_change_nothing_of_a_stream(kind, guidance, tmp_path):
+    pipe = pipeline(**GRAPHED[kind]).to("cuda")
+    options = {"guidance_scale": guidance, "guidance_interval": (0.0, 0.7), "num_inference_steps": 3}
     given = torch.rand(2, 2, 3, 8, 8)
     eager, graphed = stream(pipe, graph=False, **options), stream(pipe, **options)
     for frames in (eager, graphed):
@@ -290,11 +301,59 @@ def test_cuda_graphs_change_nothing_of_a_stream(mixer, tmp_path):
         assert_close(f"frame {i}", next(graphed), next(eager), rel=1e-3)
     assert graphed._graphs is not None
     graphed.save(tmp_path / "stream.safetensors")
+    pipe.to("cpu").to("cuda")  # the weights are elsewhere now
     again = VideoStream.load(tmp_path / "stream.safetensors", pipe)
     for i in range(2):
         frame = next(eager)
         assert_close(f"later frame {i}", next(graphed), frame, rel=1e-3)
         assert_close(f"frame {i} of the loaded stream", next(again), frame, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_graphs_do_not_disturb_samplers_that_keep_predictions():
+    objective = Objective("x0", clip_sample=False)
+    model = small_dim(layout="st", causal=True, objective="x0")
+    pipe = VideoDiMPipeline(model, objective.scheduler("dpm++")).to("cuda")
+    eager, graphed = (stream(pipe, graph=graph, num_inference_steps=5) for graph in (False, True))
+    for i in range(3):
+        assert_close(f"frame {i}", next(graphed), next(eager), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_graphs_under_autocast():
+    pipe = pipeline(mixer="ssd").to("cuda")
+    eager, graphed = stream(pipe, graph=False), stream(pipe)
+    for i in range(4):
+        with torch.autocast("cuda", torch.bfloat16):  # its copies of weights are gone after each frame
+            frames = next(graphed), next(eager)
+        assert_close(f"frame {i}", *frames, rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_streams_that_are_over_leave_no_memory():
+    pipe, sizes = pipeline(mixer="ssd").to("cuda"), []
+    for _ in range(6):
+        frames = stream(pipe)
+        for _ in range(3):
+            next(frames)
+        del frames
+        gc.collect()
+        sizes.append(torch.cuda.memory_allocated())
+    assert sizes[-1] <= sizes[1], sizes
+
+
+def test_a_state_takes_over_another():
+    model = small_dim(mixer="s6", smr=2, layout="st", depth=2, causal=True)
+    x = torch.randn(2, 3, 2, 8, 8)
+    with torch.no_grad():
+        first, second = (model.advance(frames, 0.0, None, None)[1] for frames in x.split(1, dim=2))
+    kept = [state.clone() for state in first]
+    for state, other in zip(first, second, strict=True):
+        assert state.memory is not None
+        state.copy_(other)
+    for state, other, before in zip(first, second, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(state, before, strict=True))
 
 
 def test_a_whole_video_of_a_causal_model_is_drawn_with_a_warning():
