@@ -60,12 +60,13 @@ class PastConfig:
     """Standard deviation, in pixels and each way, of how far each of 3 x 3 points of a frame is moved, and with them
     what is between; at most 0.3. A motion that is read from two frames keeps their errors; if each frame is a little
     off, it is read from many."""
-    pace: float = 0.0
-    """Standard deviation of the logarithm of the pace at which the past runs, while the next frame follows at the
-    clip's own: a stream that has become too fast or too slow finds back. For moving shapes."""
+    bodies: float = 0.0
+    """Standard deviation, in pixels, of how far every frame of the past leaves bodies off, each way, and of what it
+    adds to their radius; at most 0.5. The next frame goes on from where they are, at the velocity and in the size of
+    the clip, which can be read from many frames only. For moving shapes."""
 
     def __post_init__(self) -> None:
-        for name, most in (("noise", 1.0), ("moves", 0.3), ("pace", 0.5)):
+        for name, most in (("noise", 1.0), ("moves", 0.3), ("bodies", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"data.past.{name} must be 0 to {most:g}, got {getattr(self, name)}")
 
@@ -110,10 +111,10 @@ class GenerateDataConfig:
                 "synthetic moving shapes are clips of 2 frames or more, 16 pixels or more, 3 channels; got frames "
                 f"{self.frames}, side {self.side}, channels {self.channels}"
             )
-        if self.past.pace and self.train and self.train != SYNTHETIC:
+        if self.past.bodies and self.train and self.train != SYNTHETIC:
             raise UserError(
-                f"data.past.pace needs frames between frames, which moving shapes have (data.train {SYNTHETIC}); "
-                f"leave it 0 for {self.train}"
+                f"data.past.bodies moves bodies that are known, as of moving shapes (data.train {SYNTHETIC}); leave "
+                f"it 0 for {self.train}"
             )
 
 

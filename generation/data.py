@@ -16,9 +16,6 @@ from vision_ssm.training.batches import SampleKey
 
 # Shapes: C channels, F frames, S side.
 
-_PACE_KEPT = 0.9
-"""Share of a past's deviation from the clip's pace that is left after a frame."""
-
 
 class Samples(Dataset):
     """Samples of a source; a key (seed, epoch, index) always gives the same one.
@@ -95,37 +92,21 @@ class Samples(Dataset):
             raise UserError(f"the data are {kind}")
 
 
-class PacedSamples(Samples):
-    """Moving shapes after pasts that run faster and slower, as streams come to: (frames, class, past).
+class SamplesAfterErrors(Samples):
+    """Moving shapes that go on from pasts in which every frame is a little off, as a stream's are.
 
-    Frame t is the one that follows frame t - 1 of the past at the clip's own pace, and the first ones are the same; so
-    what is given first is no clip, but a next frame to each past.
+    The frames are no clip: each is what rightly follows the frame of the past before it.
     """
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, Tensor]:  # type: ignore[override]
-        """Frames and past (C, F, S, S) uint8, and their class."""
-        rng, source, count = key.rng(), self.source, self.config.frames
-        assert isinstance(source, MovingShapes)  # GenerateDataConfig takes no other with a pace
-        past = paced_times(count, self.config.past.pace * rng.uniform(), rng)
-        both = source.read_at(key.index, np.concatenate(([0], past[:-1] + 1, past)))
+        """Frames (C, F, S, S) uint8, their class, and their past in the form of the frames."""
+        rng, source = key.rng(), self.source
+        assert isinstance(source, MovingShapes)  # GenerateDataConfig takes no other with such errors
+        both = np.stack(source.read_after_errors(key.index, self.config.past.bodies * rng.uniform(), rng), axis=1)
         if self.augment:
             both = _turned(both, self.config.augment, rng)
-        frames, before = torch.from_numpy(np.ascontiguousarray(both.transpose(3, 0, 1, 2))).split(count, dim=1)
-        return frames, source.label(key.index) if self.labelled else -1, before
-
-
-def paced_times(frames: int, spread: float, rng: np.random.Generator) -> np.ndarray:
-    """When the frames of a past are taken, (frames,) in frames of its clip: the pace begins as the clip's and wanders.
-
-    Args:
-        frames: how many.
-        spread: standard deviation of the logarithm of the pace after some ten frames.
-        rng: source of randomness.
-    """
-    pace = np.zeros(frames)
-    for t in range(1, frames):
-        pace[t] = _PACE_KEPT * pace[t - 1] + np.sqrt(1 - _PACE_KEPT**2) * spread * rng.standard_normal()
-    return np.exp(pace).cumsum() - 1
+        frames, past = torch.from_numpy(np.ascontiguousarray(both.transpose(1, 4, 0, 2, 3)))
+        return frames, source.label(key.index) if self.labelled else -1, past
 
 
 def to_unit(samples: Tensor) -> Tensor:
@@ -143,7 +124,7 @@ def _is_latent(sample: np.ndarray) -> bool:
 
 
 def _turned(sample: np.ndarray, augment: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture (H, W, C) or clip (F, H, W, C), mirrored or in one of the 8 ways in which a square can lie."""
+    """Pictures (..., H, W, C), all alike mirrored or in one of the 8 ways in which a square can lie."""
     plane = (sample.ndim - 3, sample.ndim - 2)
     if augment == "turns":
         sample = np.rot90(sample, int(rng.integers(4)), plane)

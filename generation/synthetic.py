@@ -65,12 +65,28 @@ class MovingShapes:
 
     def read(self, index: int) -> np.ndarray:
         """Clip `index`, (F, S, S, 3) uint8."""
-        return self.read_at(index, np.arange(self.frames))
+        scene = self._scene(index)
+        return render(scene, trajectory(scene, self.frames, self.side), self.side)
 
-    def read_at(self, index: int, times: np.ndarray) -> np.ndarray:
-        """Clip `index` at other times, in frames from 0 and between them: (len(times), S, S, 3) uint8."""
-        scene = random_scene(np.random.default_rng((self.seed, index)), self.label(index), self.side)
-        return render(scene, trajectory(scene, times, self.side), self.side)
+    def read_after_errors(self, index: int, error: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Clip `index` as one goes on whose frames are not quite right: frames and past, (F, S, S, 3) uint8 each.
+
+        In the past every frame leaves its bodies a little off, and a little larger or smaller. Frame t is the one that
+        rightly follows frame t - 1 of the past.
+
+        Args:
+            index: which clip.
+            error: standard deviation of places (each way) and radii in the past; pixels.
+            rng: source of the errors.
+        """
+        scene = self._scene(index)
+        errors = error * rng.standard_normal((self.frames, len(scene.places), 2))
+        radii = scene.radius + error * rng.standard_normal((self.frames, len(scene.places)))
+        track, past = disturbed_trajectory(scene, errors, self.side)
+        return render(scene, track, self.side), render(scene, past, self.side, radii)
+
+    def _scene(self, index: int) -> Scene:
+        return random_scene(np.random.default_rng((self.seed, index)), self.label(index), self.side)
 
 
 def random_scene(rng: np.random.Generator, kind: int, side: int) -> Scene:
@@ -88,19 +104,66 @@ def random_scene(rng: np.random.Generator, kind: int, side: int) -> Scene:
     return Scene(kind, places, velocities, radius, rng.choice(len(COLORS), count, replace=False))
 
 
-def trajectory(scene: Scene, times: np.ndarray, side: int) -> np.ndarray:
-    """Places of the bodies, (len(times), N, 2); walls reflect, bodies exchange velocities where they meet.
+def trajectory(scene: Scene, frames: int, side: int) -> np.ndarray:
+    """Places of the bodies in every frame, (frames, N, 2); walls reflect, bodies exchange velocities where they meet.
 
     Args:
-        scene: what is there at time 0.
-        times: in frames, from 0.
-        side: of the frame.
+        scene: what is there in the first frame.
+        frames: how many.
+        side: of a frame.
+    """
+    return disturbed_trajectory(scene, np.zeros((frames, len(scene.places), 2)), side)[0]
+
+
+def disturbed_trajectory(scene: Scene, errors: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of bodies that are moved a little after every frame, and go on from there at the velocity they have.
+
+    Args:
+        scene: what is there in the first frame.
+        errors: (F, N, 2) pixels by which they are moved, no farther than to the walls.
+        side: of a frame.
+
+    Returns:
+        (F, N, 2) twice: where each frame finds them, and where it leaves them.
     """
     # plain numbers: with arrays of two or four this loop takes twenty times as long, and a GPU waits for its data
     places, velocities = scene.places.ravel().tolist(), scene.velocities.ravel().tolist()  # x0, y0, x1, y1
-    track = [list(places)]
     low, high = scene.radius, side - scene.radius
-    for _ in range(math.ceil(times.max() * _SUBSTEPS)):
+    found, left = [], []
+    for number, moves in enumerate(errors.reshape(len(errors), -1).tolist()):
+        if number:
+            _go_on(places, velocities, scene.radius, side)
+        found.append(list(places))
+        places[:] = [min(max(place + move, low), high) for place, move in zip(places, moves, strict=True)]
+        left.append(list(places))
+    return np.array(found).reshape(errors.shape), np.array(left).reshape(errors.shape)
+
+
+def render(scene: Scene, track: np.ndarray, side: int, radii: np.ndarray | None = None) -> np.ndarray:
+    """Frames (F, S, S, 3) uint8 of bodies with soft edges on black.
+
+    Args:
+        scene: kind, radius and colours.
+        track: (F, N, 2) places.
+        side: S.
+        radii: (F, N) in the place of the scene's.
+    """
+    axis = np.arange(side) + 0.5
+    frames = np.zeros((len(track), side, side, 3))
+    for body, color in enumerate(scene.colors):
+        dx = axis[None, None, :] - track[:, body, 0, None, None]
+        dy = axis[None, :, None] - track[:, body, 1, None, None]
+        radius = scene.radius if radii is None else radii[:, body, None, None]
+        coverage = (0.5 - _distance(scene.kind, dx, dy, radius)).clip(0, 1)[..., None]
+        frames *= 1 - coverage
+        frames += coverage * COLORS[color]
+    return np.rint(frames).astype(np.uint8)
+
+
+def _go_on(places: list[float], velocities: list[float], radius: float, side: int) -> None:
+    """Move bodies on to the next frame."""
+    low, high = radius, side - radius
+    for _ in range(_SUBSTEPS):
         for i, velocity in enumerate(velocities):
             place = places[i] + velocity / _SUBSTEPS
             if place < low:
@@ -109,30 +172,7 @@ def trajectory(scene: Scene, times: np.ndarray, side: int) -> np.ndarray:
                 place, velocities[i] = 2 * high - place, -abs(velocity)
             places[i] = place
         if len(places) == 4:
-            _bounce(places, velocities, scene.radius)
-        track.append(list(places))
-    steps = np.arange(len(track)) / _SUBSTEPS
-    places_at = [np.interp(times, steps, places) for places in zip(*track, strict=True)]
-    return np.stack(places_at, axis=1).reshape(len(times), -1, 2)
-
-
-def render(scene: Scene, track: np.ndarray, side: int) -> np.ndarray:
-    """Frames (F, S, S, 3) uint8 of bodies with soft edges on black.
-
-    Args:
-        scene: kind, radius and colours.
-        track: (F, N, 2) places.
-        side: S.
-    """
-    axis = np.arange(side) + 0.5
-    frames = np.zeros((len(track), side, side, 3))
-    for body, color in enumerate(scene.colors):
-        dx = axis[None, None, :] - track[:, body, 0, None, None]
-        dy = axis[None, :, None] - track[:, body, 1, None, None]
-        coverage = (0.5 - _distance(scene.kind, dx, dy, scene.radius)).clip(0, 1)[..., None]
-        frames *= 1 - coverage
-        frames += coverage * COLORS[color]
-    return np.rint(frames).astype(np.uint8)
+            _bounce(places, velocities, radius)
 
 
 def _bounce(places: list[float], velocities: list[float], radius: float) -> None:
@@ -147,7 +187,7 @@ def _bounce(places: list[float], velocities: list[float], radius: float) -> None
         velocities[:] = [v + closing * part for v, part in zip(velocities, (-x, -y, x, y), strict=True)]
 
 
-def _distance(kind: int, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def _distance(kind: int, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
     """Signed distance to the edge of a body in pixels, negative inside; corners lie on the circle of `radius`."""
     if KINDS[kind] == "disc":
         return np.hypot(dx, dy) - radius

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from generation.config import GenerateConfig, GenerateDataConfig
-from generation.data import PacedSamples, Samples, to_pixels, to_unit
+from generation.data import Samples, SamplesAfterErrors, to_pixels, to_unit
 from generation.dim import DiM
 from generation.generator import build_pipeline, draw, load_generator
 from generation.objectives import STEPS, Objective
@@ -27,8 +27,8 @@ from vision_ssm.viz import save_picture
 
 _STREAMED = 0.75
 """Share of the batches of a per-frame objective in which every frame follows a past without noise levels, as in a
-stream; in the others frames see one another's noise, as where a clip is drawn at once. All of them with a pace of the
-past, whose frames are no clip."""
+stream; in the others frames see one another's noise, as where a clip is drawn at once. With `data.past.bodies` all of
+them, as the frames are no clip."""
 _PARTS = 3
 """Rows and columns of points of a past frame that move by themselves, and what is between them with them."""
 
@@ -43,7 +43,7 @@ class GenerateTask(Task):
         self.settings, self.resumed = config, resumed
         self.streams = False  # whether the network that was built learns frames after their past
         source = find_source(config.data, "train")
-        self.samples = (PacedSamples if config.data.past.pace else Samples)(source, config.data)
+        self.samples = (SamplesAfterErrors if config.data.past.bodies else Samples)(source, config.data)
         self.classes = list(source.classes) if self.samples.labelled else []
         held_out = Samples(find_source(config.data, "val", self.classes or None), config.data, augment=False)
         self.held_out = held_out.held_out(config.watch.held_out)
@@ -83,9 +83,9 @@ class GenerateTask(Task):
         model = DiM(**self.arguments)
         self.streams = self.settings.objective.per_frame and model.can_stream
         past = self.settings.data.past
-        if (past.moves or past.pace) and not self.streams:
+        if (past.moves or past.bodies) and not self.streams:
             raise UserError(
-                "data.past.moves and data.past.pace are for models that stream: set model.causal and "
+                "data.past.moves and data.past.bodies are for models that stream: set model.causal and "
                 "objective.per_frame to true and take scans along time, or leave them 0"
             )
         if self.settings.model.recompute:
@@ -102,12 +102,12 @@ class GenerateTask(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Weighted squared error of the prediction."""
-        samples, labels, *paced = batch
+        samples, labels, *past = batch
         x0 = to_unit(samples)
         shape = (len(x0), x0.shape[2]) if self.settings.objective.per_frame else (len(x0),)
         given = {"class_labels": labels if self.classes else None}
-        if self.streams and (torch.rand(()) < _STREAMED or paced):
-            given["past"] = self._past(to_unit(paced[0]) if paced else x0)
+        if self.streams and (torch.rand(()) < _STREAMED or past):
+            given["past"] = self._past(to_unit(past[0]) if past else x0)
         t = self.objective.sample_timesteps(shape, device=x0.device)
         noisy, target, weight = self.objective.add_noise(x0, t, torch.randn_like(x0))
         prediction = model(noisy, t, **given, return_dict=False)[0]

@@ -15,7 +15,7 @@ from generation.attributes import (
     stream_scores,
     wasserstein,
 )
-from generation.synthetic import COLORS, KINDS, MovingShapes, Scene, render, trajectory
+from generation.synthetic import COLORS, KINDS, MovingShapes, Scene, disturbed_trajectory, render, trajectory
 
 CLIPS = 120
 
@@ -31,7 +31,7 @@ def scene(kind: int = 0, places=((10.0, 16.0),), velocities=((1.0, 0.0),)) -> Sc
 
 def test_attributes_are_those_the_clip_was_made_with():
     disc = scene()
-    clip = render(disc, trajectory(disc, np.arange(8), 32), 32)
+    clip = render(disc, trajectory(disc, 8, 32), 32)
     values = dict(zip(ATTRIBUTES, attributes(clip), strict=True))
     assert values["speed"] == pytest.approx(1.0, abs=0.01)
     assert values["jump"] == pytest.approx(1.0, abs=0.02)
@@ -42,7 +42,7 @@ def test_attributes_are_those_the_clip_was_made_with():
 
 def test_bodies_keep_inside_and_apart():
     two = scene(places=((10.0, 16.0), (22.0, 16.0)), velocities=((1.2, 0.1), (-0.9, 0.2)))
-    track = trajectory(two, np.arange(400), 32)
+    track = trajectory(two, 400, 32)
     assert track.min() >= 4.0 - 1e-9
     assert track.max() <= 28.0 + 1e-9
     assert np.linalg.norm(track[:, 0] - track[:, 1], axis=1).min() > 8.0
@@ -50,12 +50,30 @@ def test_bodies_keep_inside_and_apart():
     assert 0.5 < moving < 1.6
 
 
-def test_frames_between_frames():
-    clips = MovingShapes(9, frames=5)
-    np.testing.assert_array_equal(clips.read_at(4, np.array([2, 0])), clips.read(4)[[2, 0]])
+def test_bodies_go_on_from_where_they_were_moved_to():
+    errors = 0.1 * np.random.default_rng(0).standard_normal((10, 1, 2))
     disc = scene()
-    track = trajectory(disc, np.array([0, 0.3, 1.06]), 32)
-    np.testing.assert_allclose(track[1:], disc.places + disc.velocities * np.array([0.3, 1.06])[:, None, None])
+    found, left = disturbed_trajectory(disc, errors, 32)
+    np.testing.assert_allclose(left - found, errors)
+    np.testing.assert_allclose(found[0], disc.places)
+    np.testing.assert_allclose(found[1:] - left[:-1], np.broadcast_to(disc.velocities, (9, 1, 2)))
+    two = scene(places=((10.0, 16.0), (22.0, 16.0)), velocities=((1.2, 0.1), (-0.9, 0.2)))
+    _, left = disturbed_trajectory(two, 0.3 * np.random.default_rng(1).standard_normal((400, 2, 2)), 32)
+    assert left.min() == 4.0, "no farther than to the walls"
+    assert left.max() == 28.0
+
+
+def test_pasts_with_errors():
+    clips = MovingShapes(9, frames=40)
+    for same in clips.read_after_errors(4, 0.0, np.random.default_rng(0)):
+        np.testing.assert_array_equal(same, clips.read(4))
+    disc = clips.read(3)
+    frames, past = clips.read_after_errors(3, 0.3, np.random.default_rng(0))
+    light = [clip.sum(axis=(1, 2, 3)) / clip.sum(axis=(1, 2, 3)).mean() for clip in (disc, frames, past)]
+    assert light[0].std() < 0.01
+    assert light[1].std() < 0.01, "frames have the right size"
+    radius = clips._scene(3).radius
+    assert light[2].std() == pytest.approx(2 * 0.3 / radius, rel=0.3), "of the past each another one"
 
 
 def test_a_clip_is_always_the_same_and_others_differ():

@@ -187,8 +187,8 @@ def test_parts_of_a_past_are_moved_by_as_much_as_is_said(tmp_path):
     assert alike.abs().max() < 0.25, "ways, parts and frames by themselves"
 
 
-def test_pasts_have_a_pace_of_their_own_for_models_that_stream(tmp_path):
-    past = {"past": {"pace": 0.3, "noise": 0.0}}
+def test_pasts_have_errors_of_their_bodies_for_models_that_stream(tmp_path):
+    past = {"past": {"bodies": 0.3, "noise": 0.0}}
     attention = {"layout": "st", "causal": True, "mixer": "attention", "state_size": None}
     config = video_settings(tmp_path / "no", model=attention, objective={"per_frame": True}, data=past)
     with pytest.raises(UserError, match="for models that stream"):
