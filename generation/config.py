@@ -61,9 +61,9 @@ class PastConfig:
     what is between; at most 0.3. A motion that is read from two frames keeps their errors; if each frame is a little
     off, it is read from many."""
     bodies: float = 0.0
-    """Standard deviation, in pixels, of how far every frame of the past leaves bodies off, each way, and of what it
-    adds to their radius; at most 0.5. The next frame goes on from where they are, at the velocity and in the size of
-    the clip, which can be read from many frames only. For moving shapes."""
+    """Standard deviation, in pixels, of errors in x, y and radius of every body in every frame; at most 0.5. The next
+    frame goes on from there, with the clip's own velocity and size, which can be read from many frames only. For
+    moving shapes; all batches have such pasts then."""
 
     def __post_init__(self) -> None:
         for name, most in (("noise", 1.0), ("moves", 0.3), ("bodies", 0.5)):

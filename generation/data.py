@@ -92,8 +92,8 @@ class Samples(Dataset):
             raise UserError(f"the data are {kind}")
 
 
-class SamplesAfterErrors(Samples):
-    """Moving shapes that go on from pasts in which every frame is a little off, as a stream's are.
+class PerturbedSamples(Samples):
+    """Moving shapes after pasts with errors (`data.past.bodies`), as a stream's frames have them.
 
     The frames are no clip: each is what rightly follows the frame of the past before it.
     """
@@ -102,7 +102,7 @@ class SamplesAfterErrors(Samples):
         """Frames (C, F, S, S) uint8, their class, and their past in the form of the frames."""
         rng, source = key.rng(), self.source
         assert isinstance(source, MovingShapes)  # GenerateDataConfig takes no other with such errors
-        both = np.stack(source.read_after_errors(key.index, self.config.past.bodies * rng.uniform(), rng), axis=1)
+        both = np.stack(source.read_perturbed(key.index, self.config.past.bodies * rng.uniform(), rng), axis=1)
         if self.augment:
             both = _turned(both, self.config.augment, rng)
         frames, past = torch.from_numpy(np.ascontiguousarray(both.transpose(1, 4, 0, 2, 3)))

@@ -68,21 +68,24 @@ class MovingShapes:
         scene = self._scene(index)
         return render(scene, trajectory(scene, self.frames, self.side), self.side)
 
-    def read_after_errors(self, index: int, error: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Clip `index` as one goes on whose frames are not quite right: frames and past, (F, S, S, 3) uint8 each.
+    def read_perturbed(self, index: int, error: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Clip `index` with a past like that of a stream, whose every frame has small errors.
 
-        In the past every frame leaves its bodies a little off, and a little larger or smaller. Frame t is the one that
-        rightly follows frame t - 1 of the past.
+        Errors of place add up, as the next frame goes on from there; those of size do not.
 
         Args:
             index: which clip.
-            error: standard deviation of places (each way) and radii in the past; pixels.
+            error: standard deviation in x, y and radius of every body in every frame of the past; pixels.
             rng: source of the errors.
+
+        Returns:
+            Frames and past, (F, S, S, 3) uint8 each. Frame 0 is the clip's own, frame t is what rightly follows frame
+            t - 1 of the past.
         """
         scene = self._scene(index)
-        errors = error * rng.standard_normal((self.frames, len(scene.places), 2))
-        radii = scene.radius + error * rng.standard_normal((self.frames, len(scene.places)))
-        track, past = disturbed_trajectory(scene, errors, self.side)
+        count = len(scene.places)
+        track, past = perturbed_trajectory(scene, error * rng.standard_normal((self.frames, count, 2)), self.side)
+        radii = (scene.radius + error * rng.standard_normal((self.frames, count))).clip(scene.radius / 2)
         return render(scene, track, self.side), render(scene, past, self.side, radii)
 
     def _scene(self, index: int) -> Scene:
@@ -112,10 +115,10 @@ def trajectory(scene: Scene, frames: int, side: int) -> np.ndarray:
         frames: how many.
         side: of a frame.
     """
-    return disturbed_trajectory(scene, np.zeros((frames, len(scene.places), 2)), side)[0]
+    return perturbed_trajectory(scene, np.zeros((frames, len(scene.places), 2)), side)[0]
 
 
-def disturbed_trajectory(scene: Scene, errors: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+def perturbed_trajectory(scene: Scene, errors: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of bodies that are moved a little after every frame, and go on from there at the velocity they have.
 
     Args:
@@ -124,19 +127,19 @@ def disturbed_trajectory(scene: Scene, errors: np.ndarray, side: int) -> tuple[n
         side: of a frame.
 
     Returns:
-        (F, N, 2) twice: where each frame finds them, and where it leaves them.
+        (F, N, 2) twice: where they come to in each frame, and where they are moved to from there.
     """
     # plain numbers: with arrays of two or four this loop takes twenty times as long, and a GPU waits for its data
     places, velocities = scene.places.ravel().tolist(), scene.velocities.ravel().tolist()  # x0, y0, x1, y1
     low, high = scene.radius, side - scene.radius
-    found, left = [], []
-    for number, moves in enumerate(errors.reshape(len(errors), -1).tolist()):
-        if number:
+    track, past = [], []
+    for t, moves in enumerate(errors.reshape(len(errors), -1).tolist()):
+        if t:
             _go_on(places, velocities, scene.radius, side)
-        found.append(list(places))
-        places[:] = [min(max(place + move, low), high) for place, move in zip(places, moves, strict=True)]
-        left.append(list(places))
-    return np.array(found).reshape(errors.shape), np.array(left).reshape(errors.shape)
+        track.append(list(places))
+        places = [min(max(place + move, low), high) for place, move in zip(places, moves, strict=True)]
+        past.append(list(places))
+    return np.array(track).reshape(errors.shape), np.array(past).reshape(errors.shape)
 
 
 def render(scene: Scene, track: np.ndarray, side: int, radii: np.ndarray | None = None) -> np.ndarray:

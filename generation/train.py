@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from generation.config import GenerateConfig, GenerateDataConfig
-from generation.data import Samples, SamplesAfterErrors, to_pixels, to_unit
+from generation.data import PerturbedSamples, Samples, to_pixels, to_unit
 from generation.dim import DiM
 from generation.generator import build_pipeline, draw, load_generator
 from generation.objectives import STEPS, Objective
@@ -43,7 +43,7 @@ class GenerateTask(Task):
         self.settings, self.resumed = config, resumed
         self.streams = False  # whether the network that was built learns frames after their past
         source = find_source(config.data, "train")
-        self.samples = (SamplesAfterErrors if config.data.past.bodies else Samples)(source, config.data)
+        self.samples = (PerturbedSamples if config.data.past.bodies else Samples)(source, config.data)
         self.classes = list(source.classes) if self.samples.labelled else []
         held_out = Samples(find_source(config.data, "val", self.classes or None), config.data, augment=False)
         self.held_out = held_out.held_out(config.watch.held_out)

@@ -15,7 +15,7 @@ from generation.attributes import (
     stream_scores,
     wasserstein,
 )
-from generation.synthetic import COLORS, KINDS, MovingShapes, Scene, disturbed_trajectory, render, trajectory
+from generation.synthetic import COLORS, KINDS, MovingShapes, Scene, perturbed_trajectory, render, trajectory
 
 CLIPS = 120
 
@@ -53,22 +53,25 @@ def test_bodies_keep_inside_and_apart():
 def test_bodies_go_on_from_where_they_were_moved_to():
     errors = 0.1 * np.random.default_rng(0).standard_normal((10, 1, 2))
     disc = scene()
-    found, left = disturbed_trajectory(disc, errors, 32)
-    np.testing.assert_allclose(left - found, errors)
-    np.testing.assert_allclose(found[0], disc.places)
-    np.testing.assert_allclose(found[1:] - left[:-1], np.broadcast_to(disc.velocities, (9, 1, 2)))
+    track, past = perturbed_trajectory(disc, errors, 32)
+    np.testing.assert_allclose(past - track, errors)
+    np.testing.assert_allclose(track[0], disc.places)
+    np.testing.assert_allclose(track[1:] - past[:-1], np.broadcast_to(disc.velocities, (9, 1, 2)))
     two = scene(places=((10.0, 16.0), (22.0, 16.0)), velocities=((1.2, 0.1), (-0.9, 0.2)))
-    _, left = disturbed_trajectory(two, 0.3 * np.random.default_rng(1).standard_normal((400, 2, 2)), 32)
-    assert left.min() == 4.0, "no farther than to the walls"
-    assert left.max() == 28.0
+    track, past = perturbed_trajectory(two, 0.3 * np.random.default_rng(1).standard_normal((400, 2, 2)), 32)
+    assert past.min() == 4.0, "no farther than to the walls"
+    assert past.max() == 28.0
+    assert np.linalg.norm(past[:, 0] - past[:, 1], axis=1).min() > 6.5
+    lengths = np.linalg.norm(track[1:] - past[:-1], axis=2)
+    np.testing.assert_allclose(np.median((lengths**2).sum(axis=1)), 1.2**2 + 0.1**2 + 0.9**2 + 0.2**2, rtol=0.05)
 
 
 def test_pasts_with_errors():
     clips = MovingShapes(9, frames=40)
-    for same in clips.read_after_errors(4, 0.0, np.random.default_rng(0)):
+    for same in clips.read_perturbed(4, 0.0, np.random.default_rng(0)):
         np.testing.assert_array_equal(same, clips.read(4))
     disc = clips.read(3)
-    frames, past = clips.read_after_errors(3, 0.3, np.random.default_rng(0))
+    frames, past = clips.read_perturbed(3, 0.3, np.random.default_rng(0))
     light = [clip.sum(axis=(1, 2, 3)) / clip.sum(axis=(1, 2, 3)).mean() for clip in (disc, frames, past)]
     assert light[0].std() < 0.01
     assert light[1].std() < 0.01, "frames have the right size"
